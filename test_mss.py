@@ -1,0 +1,802 @@
+"""Fast tests: no downloads, no GPU. python -m pytest -q test_mss.py
+
+Real data and the published network's fixture are used where the environment variable MSS_TEST_DATA names their folder.
+"""
+import ast
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn as nn
+
+import evaluate
+import mss
+import separate
+import train
+
+mss.keep_memory()
+HERE = Path(__file__).parent
+RATE = 44100
+TABLE_3 = ("UNetPhase", "UNet", "UNetDecouple", "UNetDecouple+", "ResUNet", "ResUNetDecouple", "ResUNetDecouple+")
+SMALL = dict(window=256, hop=64, width=2)       # the same code on 129 bins: milliseconds
+needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the program ffmpeg is not on PATH")
+
+
+def data(name):
+    """A folder of real data, or skip."""
+    root = os.environ.get("MSS_TEST_DATA")
+    if not root or not Path(root, name).exists():
+        pytest.skip(f"MSS_TEST_DATA holds no {name}")
+    return Path(root, name)
+
+
+def small(name="UNetDecouple+", **changes):
+    torch.manual_seed(0)
+    config = mss.Config(model=name, **{**SMALL, **changes})
+    return config, mss.MODELS[name](config)
+
+
+def noise(*shape, seed=0, scale=0.1):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def songs(tmp_path_factory):
+    """The built-in data, small: 3 + 1 + 1 songs of 3 s."""
+    return train.synthetic_musdb(tmp_path_factory.mktemp("data") / "songs",
+                                 songs=(("train", 3), ("valid", 1), ("test", 1)), seconds=3)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config, model = small()
+    mss.save_checkpoint(tmp_path / "small.pt", config, model, step=7)
+    return tmp_path / "small.pt"
+
+
+def call(main, *argv):
+    """Run a script's main as its command line would -> (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        mss.run(lambda: main([str(word) for word in argv]))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return stop.value.code, out.getvalue(), err.getvalue()
+
+
+def fails(main, *argv, saying):
+    """The call must exit with code 2 and one line on stderr that holds every word of `saying`."""
+    code, out, err = call(main, *argv)
+    lines = [line for line in err.splitlines() if not line.startswith("notice: ")]
+    assert code == 2 and len(lines) == 1, (code, err)
+    assert all(word in err for word in saying), err
+
+
+# ---- The network -----------------------------------------------------------------------------------------------------
+
+def test_table_3_is_the_papers():
+    assert tuple(mss.MODELS)[:7] == TABLE_3
+    parameters = {"UNet": 18_127_812, "UNetDecouple+": 18_128_010, "ResUNet": 102_571_080,
+                  "ResUNetDecouple": 102_571_212, "ResUNetDecouple+": 102_571_278}
+    maps = dict(zip(TABLE_3, (4, 2, 6, 8, 2, 6, 8)))
+    for name in TABLE_3:
+        with torch.device("meta"):
+            model = mss.MODELS[name](mss.Config(model=name))
+        convolutions = sum(isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and "shortcut" not in path
+                           for path, module in model.backbone.named_modules())
+        assert convolutions + 1 == (143 if "Res" in name else 33)     # the heads are the last one
+        assert sum(head.out_channels for head in model.heads.values()) == maps[name]
+        assert name not in parameters or sum(p.numel() for p in model.parameters()) == parameters[name]
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A file with the published weights' keys and shapes, and made-up values."""
+    script = data("published_resunet143") / "make_checkpoint.py"
+    path = tmp_path_factory.mktemp("published") / "resunet143_ismir2021_accompaniment_16.8dB_350k_steps.pth"
+    subprocess.run([sys.executable, script, path], check=True)
+    yield path
+    path.unlink()
+
+
+def test_published_network(published):
+    config, model, state = mss.load_checkpoint(published)
+    assert config.targets == ("accompaniment",) and state["step"] == 350_000
+    fixture = np.load(data("published_resunet143") / "fixture.npz")
+    with torch.inference_mode():
+        y = model(torch.from_numpy(fixture["x"]))[:, 0].numpy()
+    assert np.abs(fixture["y"]).max() > 0.1
+    assert np.abs(y - fixture["y"]).max() < 2e-6
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_every_row(name, tmp_path):
+    config, model = small(name, targets=("vocals", "drums"))
+    with torch.inference_mode():
+        for length in (0, 1, 2, 127, 128, 129, 4000, 4097):
+            assert model.eval()(noise(1, 2, length)).shape == (1, 2, 2, length)
+    for mixture in (noise(2, 2, 3000), torch.zeros(2, 2, 3000)):
+        model.train().zero_grad()
+        (model(mixture) - 0.3).abs().mean().backward()
+        for path, parameter in model.named_parameters():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), path
+            assert parameter.grad.any() or not mixture.any(), path
+    mss.save_checkpoint(tmp_path / "model.pt", config, model, step=3)
+    config_read, read, state = mss.load_checkpoint(tmp_path / "model.pt")
+    assert config_read == config and state == {"step": 3} and not read.training
+    ours, theirs = model.state_dict(), read.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_only_the_backbone_runs_in_bf16():
+    config, model = small("ResUNetDecouple+")
+    seen = {}
+    model.backbone.encoders[0][0].conv1.register_forward_hook(lambda m, i, o: seen.update(backbone=o.dtype))
+    for name, head in model.heads.items():
+        head.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o.dtype}))
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        y = model.eval()(noise(1, 2, 3000))
+    assert seen.pop("backbone") == torch.bfloat16 and set(seen.values()) == {torch.float32} and y.dtype == torch.float32
+    with torch.inference_mode():
+        assert mss.sdr(model(noise(1, 2, 3000)), y) > 20
+
+
+# ---- Spectrograms and heads, against angles computed by numpy --------------------------------------------------------
+
+def spectrogram(seed, *shape):
+    return torch.complex(noise(*shape, seed=seed, scale=1), noise(*shape, seed=seed + 1, scale=1))
+
+
+def test_stft_is_the_textbooks_and_istft_inverts_it():
+    x = noise(2, 44101, scale=1)
+    X = mss.stft(x).numpy()
+    padded = np.pad(x.numpy().astype("float64"), [(0, 0), (1024, 1024)], mode="reflect")
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(2048) / 2048)
+    frames = np.stack([padded[:, t:t + 2048] for t in range(0, padded.shape[1] - 2047, 441)], axis=1)
+    assert X.shape == (2, 101, 1025)
+    np.testing.assert_allclose(X, np.fft.rfft(frames * hann), atol=2e-4)
+    for length in (0, 1, 2, 3, 441, 1023, 1024, 1025, 1027, 44101):
+        x = noise(1, 2, length)
+        y = mss.istft(mss.stft(x), length)
+        assert y.shape == x.shape and torch.allclose(x, y, rtol=0, atol=1e-6)
+
+
+def test_rules_against_angles():
+    X = spectrogram(0, 1, 1, 2, 30, 40)
+    mask, q, p_r, p_i = (noise(1, 1, 2, 30, 40, seed=k, scale=2) for k in range(5, 9))
+    X[..., :3] = 0                                                    # silent bins
+    p_r[..., 5], p_i[..., 5] = 0, 0                                   # no direction at all: nothing comes out
+    x = X.numpy().astype("complex128")
+    sigmoid = 1 / (1 + np.exp(-mask.numpy().astype("float64")))
+    angle = np.arctan2(p_i.numpy(), p_r.numpy())
+    turn = np.exp(1j * (np.angle(x) + angle)) * ((p_r != 0) | (p_i != 0)).numpy()
+    magnitude = np.maximum(sigmoid * np.abs(x) + q.numpy(), 0) * (x != 0)
+    length = np.hypot(p_r.numpy(), p_i.numpy())
+    for ours, expected in (
+            (mss.magnitude_mask(X, mask), sigmoid * np.abs(x) * np.exp(1j * np.angle(x))),
+            (mss.complex_mask(X, p_r, p_i), np.tanh(length) * np.abs(x) * turn),
+            (mss.decouple(X, mask, p_r, p_i), sigmoid * np.abs(x) * turn),
+            (mss.decouple_plus(X, mask, q, p_r, p_i), magnitude * turn)):
+        np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
+
+
+def test_ideal_heads_recover_the_source():
+    X, S = spectrogram(0, 1, 1, 2, 30, 40), spectrogram(3, 1, 1, 2, 30, 40)
+    M = S / X
+    mask = noise(*X.shape, seed=5)
+    q = S.abs() - torch.sigmoid(mask) * X.abs()
+    torch.testing.assert_close(mss.decouple_plus(X, mask, q, M.real, M.imag), S, atol=1e-5, rtol=0)
+
+
+def test_only_decouple_plus_exceeds_the_mixture():
+    X = spectrogram(0, 1, 1, 2, 30, 40)
+    heads = [noise(*X.shape, seed=k, scale=30) for k in range(5, 9)]
+    for rule, names in ((mss.magnitude_mask, 1), (mss.complex_mask, 2), (mss.decouple, 3)):
+        assert (rule(X, *heads[:names]).abs() <= X.abs() * (1 + 1e-5)).all()
+    assert (mss.decouple_plus(X, *heads).abs() > 2 * X.abs()).any()
+
+
+# ---- Audio files and resampling --------------------------------------------------------------------------------------
+
+def test_resample_lengths_and_streaming():
+    for rate_in, rate_out in ((48000, 44100), (44100, 48000), (8000, 44100), (96000, 44100), (100, 83)):
+        for n in (0, 1, 2, 159, 160, 161, 5000):
+            assert mss.resample(noise(2, n), rate_in, rate_out).shape == (2, -(-n * rate_out // rate_in))
+    x = noise(2, 300_000)
+    blocks = torch.cat(list(mss.resample_blocks(x.split(7777, dim=-1), 48000, 44100)), dim=-1)
+    assert torch.equal(blocks, mss.resample(x, 48000, 44100))
+
+
+@pytest.mark.parametrize("rate_in, rate_out", [(48000, 44100), (44100, 48000)])
+def test_resample_rejects_100_dB(rate_in, rate_out):
+    """The prototype filter, put together from its phases: passes up to 20 kHz, stops from the lower Nyquist on."""
+    up, down = (rate // np.gcd(rate_in, rate_out) for rate in (rate_out, rate_in))
+    kernel, half = mss.sinc_kernel(int(up), int(down))
+    h = np.zeros(int(up * (2 * down + 2 * half)))
+    for phase in range(up):                                           # its time of tap j: phase * down / up + half - j
+        for j, tap in enumerate(kernel[phase, 0].numpy()):
+            h[phase * down + (half - j) * up + up * (down + half)] += tap
+    gain = 20 * np.log10(np.abs(np.fft.rfft(h, 1 << 21)) / up + 1e-12)
+    frequency = np.fft.rfftfreq(1 << 21, 1 / (rate_in * up))
+    assert gain[frequency >= min(rate_in, rate_out) / 2].max() < -100
+    assert np.abs(gain[frequency <= 20_000]).max() < 0.01
+    t = np.arange(2 * rate_in) / rate_in
+    tone = mss.resample(torch.from_numpy(np.sin(2 * np.pi * 9000 * t)).float()[None], rate_in, rate_out)[0].numpy()
+    wanted = np.sin(2 * np.pi * 9000 * np.arange(len(tone)) / rate_out)
+    assert mss.sdr(wanted[5000:-5000], tone[5000:-5000]) > 100        # and no delay
+
+
+def test_audio_files(tmp_path):
+    audio = noise(2, 1000)
+    for name, tolerance in (("a b (1) ü.wav", 0), ("x.flac", 2e-5)):
+        mss.write_audio(tmp_path / name, audio, RATE)
+        read, rate = mss.read_audio(tmp_path / name)
+        assert rate == RATE and read.dtype == torch.float32 and (read - audio).abs().max() <= tolerance
+        part, _ = mss.read_audio(tmp_path / name, 300, 50)
+        assert torch.equal(part, read[:, 300:350])
+        assert mss.read_audio(tmp_path / name, 990, 50)[0].shape == (2, 10)
+    mss.write_audio(tmp_path / "empty.wav", audio[:, :0], RATE)
+    assert mss.read_audio(tmp_path / "empty.wav")[0].shape == (2, 0)
+    with pytest.raises(mss.UserError, match="NaN"):
+        mss.write_audio(tmp_path / "nan.wav", audio / 0 * 0, RATE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a b (1) ü.wav", "empty.wav", "x.flac"]
+
+
+@needs_ffmpeg
+def test_ffmpeg_reads_the_rest(tmp_path):
+    mss.write_audio(tmp_path / "tone.wav", noise(2, RATE), RATE)
+    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "tone.wav", tmp_path / "tone.m4a"], check=True)
+    audio, rate = mss.read_audio(tmp_path / "tone.m4a")
+    assert rate == RATE and abs(audio.shape[1] - RATE) < 2100
+    (tmp_path / "broken.m4a").write_bytes(b"nothing")
+    with pytest.raises(mss.UserError, match="neither by soundfile nor by ffmpeg"):
+        mss.read_audio(tmp_path / "broken.m4a")
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+def test_musdb_tracks(songs, tmp_path, monkeypatch):
+    tracks = mss.musdb_tracks(songs, "train")
+    assert [track.name for track in tracks] == [f"Synthetic - Song {i}" for i in range(3)]
+    assert (tracks[0].frames, tracks[0].sample_rate, tracks[0].channels) == (3 * RATE, RATE, 2)
+    stems = {name: tracks[0].load(name, 1000, 500) for name in mss.SOURCES}
+    accompaniment = stems["bass"] + stems["drums"] + stems["other"]
+    assert torch.equal(tracks[0].load("accompaniment", 1000, 500), accompaniment)
+    assert (tracks[0].load("mixture", 1000, 500) - accompaniment - stems["vocals"]).abs().max() < 1e-4
+
+    root = tmp_path / "musdb"                                         # no valid/: official titles, no mixture: a sum
+    for name in ("A - B", mss.VALID[0]):
+        shutil.copytree(songs / "train" / tracks[0].name, root / "train" / name)
+        (root / "train" / name / "mixture.flac").unlink()
+    for junk in (".hidden", "__MACOSX"):
+        (root / "train" / junk).mkdir()
+    assert [track.name for track in mss.musdb_tracks(root, "train")] == ["A - B"]
+    (track,) = mss.musdb_tracks(root, "valid")
+    assert track.name == mss.VALID[0] and len(mss.VALID) == len(set(mss.VALID)) == 14
+    assert (track.load("mixture") - sum(track.load(name) for name in mss.SOURCES)).abs().max() < 1e-6
+
+
+def test_wrong_roots_are_named(songs, tmp_path, capsys):
+    assert len(mss.musdb_tracks(songs / "train", "train")) == 3 and "notice: " in capsys.readouterr().err
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    for root, subset, words in ((tmp_path / "absent", "train", ("absent", "no folder")),
+                                (tmp_path / "empty", "train", ("Artist - Title", "empty folder")),
+                                (tmp_path / "empty", "test", ("test/Artist", "found train")),
+                                (tmp_path / "empty", "valid", ("valid/", "14 validation songs"))):
+        with pytest.raises(mss.UserError) as error:
+            mss.musdb_tracks(root, subset)
+        assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("harm, words", [
+    ("missing", ("drums.wav expected", "bass.flac")), ("length", ("one length", "drums.flac 500 samples")),
+    ("rate", ("48000 Hz",)), ("corrupt", ("drums.flac",)), ("surround", ("1 or 2 channels", "found 3"))])
+def test_bad_songs_are_named(songs, tmp_path, harm, words):
+    song = shutil.copytree(songs / "train" / "Synthetic - Song 0", tmp_path / "root" / "train" / "Bad - Song")
+    if harm == "missing":
+        (song / "drums.flac").unlink()
+    elif harm == "corrupt":
+        (song / "drums.flac").write_bytes(b"not audio")
+    elif harm == "surround":
+        for path in song.iterdir():
+            mss.write_audio(path, noise(3, 500), RATE)
+    else:
+        mss.write_audio(song / "drums.flac", noise(2, 500 if harm == "length" else 3 * RATE),
+                        48000 if harm == "rate" else RATE)
+    fails(train.main, "--musdb", tmp_path / "root", "--out", tmp_path / "out", saying=("Bad - Song",) + words)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_ffmpeg
+def test_stem_mp4(tmp_path):
+    root = tmp_path / "musdb"
+    shutil.copytree(data("musdb_samples"), root)
+    (track,) = mss.musdb_tracks(root, "train", cache=tmp_path / "cache")
+    song = tmp_path / "cache" / "train" / "Music Delta - 80s Rock"
+    assert {soundfile.info(path).subtype for path in song.iterdir()} == {"PCM_16"} and len(list(song.iterdir())) == 5
+    before = os.stat(song / "bass.wav").st_mtime_ns
+    mss.musdb_tracks(root, "train", cache=tmp_path / "cache")
+    assert os.stat(song / "bass.wav").st_mtime_ns == before           # decoded once
+
+    np.random.seed(0)                                                 # museval's own expectation, its own estimates
+    estimates = [np.random.random((track.frames, 2)).T for _ in range(2)]
+    frames = mss.framewise_sdr(np.stack([track.load("vocals"), track.load("accompaniment")]), estimates, RATE)
+    expected = json.loads((data("musdb_samples") / "Music Delta - 80s Rock.expected.json").read_text())
+    theirs = {target["name"]: [frame["metrics"]["SDR"] for frame in target["frames"]] for target in expected["targets"]}
+    np.testing.assert_allclose(frames, [theirs["vocals"], theirs["accompaniment"]], atol=1e-5)
+
+
+def test_stem_mp4_without_ffmpeg(tmp_path, monkeypatch):
+    (tmp_path / "root" / "test").mkdir(parents=True)
+    (tmp_path / "root" / "test" / "A - B.stem.mp4").write_bytes(b"")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(mss.UserError, match="A - B.stem.mp4.*ffmpeg"):
+        mss.musdb_tracks(tmp_path / "root", "test")
+    assert not (tmp_path / "root-wav" / "test" / "A - B").exists()
+
+
+def test_segments_are_a_pure_function_of_seed_and_index(songs):
+    tracks = mss.musdb_tracks(songs, "train")
+    config = mss.Config(targets=("vocals",))
+    segments = mss.Segments(tracks, config, seconds=0.5, augment=tuple(mss.AUGMENTATIONS), seed=1)
+    first = [segments[i] for i in range(4)]
+    again = mss.Segments(tracks, config, seconds=0.5, augment=tuple(mss.AUGMENTATIONS), seed=1)
+    for i in (3, 1, 0, 2):
+        assert all(torch.equal(a, b) for a, b in zip(again[i], first[i]))
+    assert first[0][0].shape == (2, RATE // 2) and first[0][1].shape == (1, 2, RATE // 2)
+    assert not torch.equal(first[0][0], first[1][0])
+    assert not torch.equal(first[0][0], mss.Segments(tracks, config, seconds=0.5, seed=2)[0][0])
+    with pytest.raises(mss.UserError, match="22050 Hz expected, found 44100 Hz"):
+        mss.Segments(tracks, mss.Config(sample_rate=22050))
+
+
+class Constant:
+    """A track whose every source is one number per (track, source), so that sums tell what was drawn."""
+    name, frames, sample_rate, channels = "constant", 20, 44100, 2
+
+    def __init__(self, value):
+        self.value, self.drawn = value, []
+
+    def load(self, source, start, frames):
+        self.drawn.append((source, start))
+        return torch.full((2, min(frames, self.frames - start)), float(self.value))
+
+
+PAIR, FOUR = {"vocals": 2, "accompaniment": 2}, {"vocals": 2, "bass": 1, "drums": 2, "other": 2}
+
+
+@pytest.mark.parametrize("target, per_source",
+                         [("vocals", PAIR), ("accompaniment", PAIR), ("bass", FOUR), ("other", FOUR)])
+def test_random_remix_and_mix_audio(target, per_source):
+    tracks = [Constant(1), Constant(100)]
+    segments = mss.Segments(tracks, mss.Config(targets=(target,)), seconds=10 / RATE)
+    mixture, targets = segments[0]
+    drawn = [source for track in tracks for source, _ in track.drawn]
+    assert {name: drawn.count(name) for name in drawn} == per_source
+    assert mixture[0, 0] == sum(track.value * len(track.drawn) for track in tracks)
+    assert targets[0, 0, 0] == sum(track.value * [s for s, _ in track.drawn].count(target) for track in tracks)
+    for i in range(200):
+        segments[i]
+    starts = {start for track in tracks for _, start in track.drawn}
+    assert starts == set(range(11))                                   # every position, up to the last
+    both = sum(abs(len(track.drawn) / sum(len(t.drawn) for t in tracks) - 0.5) < 0.05 for track in tracks)
+    assert both == 2                                                  # both songs, about equally
+
+
+def test_songs_shorter_than_a_segment_are_padded():
+    segments = mss.Segments([Constant(1)], mss.Config(), seconds=30 / RATE, mix_audio=1)
+    mixture, targets = segments[0]
+    assert mixture.shape == (2, 30) and (mixture[:, :20] == 2).all() and not mixture[:, 20:].any()
+
+
+# ---- Whole tracks ----------------------------------------------------------------------------------------------------
+
+class Identity(nn.Module):
+    config = mss.Config()
+
+    def forward(self, x):
+        return x[:, None]
+
+
+class Alternating(nn.Module):
+    """Another answer for every block: shows where blocks are joined and with which weights."""
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.full_like(x[:, None], self.calls % 2)
+
+
+@pytest.mark.parametrize("segment, overlap", [(4000, 800), (4001, 801), (400, 1), (400, 0), (400, 200)])
+def test_identity_through_separate_track(segment, overlap):
+    for length in (0, 1, segment - 1, segment, segment + 1, 2 * segment - overlap, 2 * segment - overlap + 1,
+                   int(3.7 * segment)):
+        x = noise(2, length)
+        y = mss.separate_track(Identity(), x, segment, overlap)
+        assert y.shape == (1, 2, length) and torch.allclose(y[0], x, rtol=0, atol=1e-6)
+        streamed = mss.separate_blocks(Identity(), iter(x.split(333, dim=-1)), segment, overlap)
+        assert torch.equal(torch.cat(list(streamed), dim=-1), y)
+
+
+def test_cross_fade_has_real_context_on_both_sides():
+    y = mss.separate_track(Alternating(), torch.zeros(2, 1800), segment=1000, overlap=200)[0, 0]
+    assert (y[:850] == 1).all() and (y[950:] == 0).all()              # of 800..1000, shared, the outer 50s are context
+    assert torch.allclose(y[850:950], 1 - (torch.arange(100) + 0.5) / 100)
+
+
+def test_whole_track_equals_one_block_within_its_context():
+    config, model = small()
+    x = noise(2, 6000)
+    whole = mss.separate_track(model.eval(), x, segment=10_000, overlap=0)
+    blocks = mss.separate_track(model, x, segment=3000, overlap=2000)
+    assert whole.shape == blocks.shape == (1, 2, 6000)
+    assert mss.sdr(whole, blocks) > 15                                # the network's field of view exceeds the overlap
+
+
+# ---- SDR -------------------------------------------------------------------------------------------------------------
+
+def test_sdr_is_the_formula():
+    s, y = noise(2, 2, 5 * RATE // 2).numpy(), noise(2, 2, 5 * RATE // 2, seed=1).numpy()
+    frames = mss.framewise_sdr(s, y, RATE)
+    assert frames.shape == (2, 2)                                     # the last half second is dropped
+    for j in range(2):
+        for t in range(2):
+            a, b = (x[j, :, t * RATE:(t + 1) * RATE].astype("float64") for x in (s, y))
+            assert abs(frames[j, t] - 10 * np.log10((a ** 2).sum() / ((b - a) ** 2).sum())) < 1e-9
+    a, b = s.astype("float64"), y.astype("float64")
+    assert abs(mss.sdr(s, y) - 10 * np.log10((a ** 2).sum() / ((b - a) ** 2).sum())) < 1e-9
+    assert abs(mss.usdr(s * 0, y * 0)) == 0 and mss.sdr(s, s) == np.inf
+    assert abs(mss.usdr(s, y) - 10 * np.log10(((a ** 2).sum() + 1e-7) / (((b - a) ** 2).sum() + 1e-7))) < 1e-9
+    padded = np.pad(y[..., :RATE], [(0, 0), (0, 0), (0, s.shape[-1] - RATE)])
+    np.testing.assert_array_equal(mss.framewise_sdr(s, y[..., :RATE], RATE), mss.framewise_sdr(s, padded, RATE))
+    assert mss.framewise_sdr(s[..., :700], y[..., :700], RATE).shape == (2, 1)
+
+
+@pytest.mark.parametrize("side", ["reference", "estimate", "opposite channels"])
+def test_a_silent_source_silences_the_frame_for_all(side):
+    s, y = noise(2, 2, 4 * RATE).numpy(), noise(2, 2, 4 * RATE, seed=1).numpy()
+    if side == "opposite channels":
+        s[0, 1, RATE:2 * RATE] = -s[0, 0, RATE:2 * RATE]              # museval looks at the sum of the channels
+    else:
+        (s if side == "reference" else y)[1, :, RATE:2 * RATE] = 0
+    frames = mss.framewise_sdr(s, y, RATE)
+    assert np.isnan(frames[:, 1]).all() and np.isfinite(frames[:, [0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("number", ["01", "03", "05", "07", "08", "09"])
+def test_sdr_against_mir_evals_expectations(number):
+    folder = data("mir_eval_separation")
+    images = json.loads((folder / f"output{number}.json").read_text())["Images"]
+    s, y = (np.stack([soundfile.read(path)[0] for path in sorted((folder / name).iterdir())])
+            for name in (f"ref{number}", f"est{number}"))             # (S, L)
+    s = np.stack([s] * images["nchan"], axis=1)                       # (S, C, L)
+    y = np.stack([y] + [images["gain"] * y] * (images["nchan"] - 1), axis=1)
+    ours = [mss.sdr(*pair) for pair in zip(s, y)]
+    np.testing.assert_allclose(ours, images["Source to Distortion"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("number", ["02", "05", "07"])
+def test_sdr_against_museval_itself(number):
+    museval = pytest.importorskip("museval", reason="museval is not installed; nothing here needs it")
+    folder = data("mir_eval_separation")
+    s, y = (np.stack([soundfile.read(path, always_2d=True)[0] for path in sorted((folder / name).iterdir())])
+            for name in (f"ref{number}", f"est{number}"))             # (S, L, C)
+    rate = 2000
+    s[0, rate:2 * rate] = 0
+    theirs = museval.metrics.bss_eval(s, y, window=rate, hop=rate)[0]
+    ours = mss.framewise_sdr(s.transpose(0, 2, 1), y.transpose(0, 2, 1), rate)
+    assert np.isnan(ours[:, 1]).all()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_groups_are_musevals():
+    stems = {name: noise(2, 3 * RATE, seed=k) for k, name in enumerate(mss.SOURCES)}
+    stems["bass"][:, :RATE] = 0                                       # silent bass: the 4-source group loses a frame
+    references = {**stems, "accompaniment": stems["bass"] + stems["drums"] + stems["other"]}
+    estimates = {name: audio + noise(2, 3 * RATE, seed=9) for name, audio in references.items()}
+    counted = {name: int(np.isfinite(frames).sum())
+               for name, (frames, _) in evaluate.score(references, estimates, RATE).items()}
+    assert counted == {"vocals": 3, "accompaniment": 3, "bass": 2, "drums": 2, "other": 2}
+    alone = evaluate.score(references, {"drums": estimates["drums"]}, RATE)
+    assert list(alone) == ["drums"] and np.isfinite(alone["drums"][0]).all()
+    silent = evaluate.score({"bass": torch.zeros(2, RATE)}, {"bass": noise(2, RATE)}, RATE)["bass"]
+    assert np.isnan(silent[1]) and np.isnan(evaluate.median(silent[0]))
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+def test_bad_checkpoints_are_named(checkpoint, tmp_path):
+    song = tmp_path / "song.wav"
+    mss.write_audio(song, noise(2, 1000), RATE)
+    content = checkpoint.read_bytes()
+    bad = tmp_path / "bad.pt"
+    for name, harm in (("truncated", lambda: bad.write_bytes(content[:len(content) // 2])),
+                       ("empty", lambda: bad.write_bytes(b"")),
+                       ("pickle", lambda: torch.save({"config": Path("x"), "model": print}, bad)),
+                       ("tensor", lambda: torch.save(torch.zeros(3), bad)),
+                       ("other", lambda: torch.save({"config": {"model": "Demucs"}, "model": {}}, bad)),
+                       ("weights", lambda: torch.save({"model": {"conv.weight": torch.zeros(1)}, "step": 1}, bad))):
+        harm()
+        fails(separate.main, song, "-m", bad, "-o", tmp_path / name, saying=("bad.pt", "checkpoint"))
+        assert not (tmp_path / name).exists()
+    fails(separate.main, song, "-m", tmp_path / "absent.pt", saying=("absent.pt", "found no file"))
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(checkpoint, tmp_path):
+    before = checkpoint.read_bytes()
+    config, model = small(width=4)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+        with pytest.raises(mss.UserError, match="small.pt: not saved"):
+            mss.save_checkpoint(checkpoint, config, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoint.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["small.pt"]
+
+
+# ---- train.py --------------------------------------------------------------------------------------------------------
+
+def flags(songs, out, **changes):
+    values = dict(musdb=songs, out=out, model="UNetDecouple+", width=2, steps=8, batch_size=2, segment=0.5, workers=0,
+                  validate_every=3, save_every=3, log_every=2, device="cpu")
+    return [str(word) for name, value in {**values, **changes}.items() if value is not None
+            for word in ("--" + name.replace("_", "-"), value)]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def equal(a, b):
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="session")
+def trained(songs, tmp_path_factory):
+    """A run of 8 steps."""
+    out = tmp_path_factory.mktemp("runs") / "eight"
+    code, stdout, _ = call(train.main, *flags(songs, out))
+    assert code == 0 and "step 8/8" in stdout and "ms/step" in stdout and "data wait" in stdout
+    return out
+
+
+def test_resumed_equals_uninterrupted(songs, trained, tmp_path):
+    out = tmp_path / "run"
+    assert call(train.main, *flags(songs, out, steps=4))[0] == 0
+    assert call(train.main, *flags(songs, out, workers=2))[0] == 0
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 8
+    assert equal(weights(out / "last.pt"), weights(trained / "last.pt"))
+    code, stdout, _ = call(train.main, *flags(songs, out))
+    assert code == 0 and "done at step 8" in stdout                   # nothing left to do
+
+
+def test_checkpoint_log_and_true_best(songs, trained):
+    last = torch.load(trained / "last.pt", weights_only=True)
+    assert last["step"] == 8 and last["config"]["model"] == "UNetDecouple+" and "optimizer" in last
+    with open(trained / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["loss"]] == [2, 4, 6, 8]
+    scores = {int(row["step"]): float(row["valid_sdr"]) for row in rows if row["valid_sdr"]}
+    assert list(scores) == [3, 6, 8]
+    config, model, state = mss.load_checkpoint(trained / "best.pt")
+    assert state["valid_sdr"] == max(scores.values()) and state["step"] == max(scores, key=scores.get)
+    (track,) = mss.musdb_tracks(songs, "valid")
+    row = next(row for row in evaluate.evaluate_track(model, track)[0] if row["target"] == "vocals")
+    assert row["sdr"] == pytest.approx(state["valid_sdr"], abs=1e-4)
+
+
+def test_learning_rate_is_the_papers():
+    assert train.learning_rate(1, 1e-3, 1000) == pytest.approx(1e-6)
+    assert train.learning_rate(500, 1e-3, 1000) == pytest.approx(5e-4)
+    assert train.learning_rate(14_999, 1e-3, 1000) == pytest.approx(1e-3)
+    assert train.learning_rate(45_000, 1e-3, 1000) == pytest.approx(1e-3 * 0.9 ** 3)
+    args = train.parse(["--source", "drums", "--musdb", "x"])
+    assert (args.lr, args.batch_size, args.segment, args.steps, args.warmup) == (2e-4, 16, 3.0, 300_000, 1000)
+    assert (args.model, args.width, args.mix_audio, args.augment) == ("ResUNetDecouple+", 32, 2, [])
+
+
+def test_sdr_rises_on_the_built_in_songs(songs, tmp_path):
+    out = tmp_path / "run"
+    settings = dict(steps=40, width=4, lr=5e-3, warmup=3, validate_every=20, batch_size=4)
+    assert call(train.main, *flags(songs, out, **settings))[0] == 0
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    scores = [float(row["valid_sdr"]) for row in rows if row["valid_sdr"]]
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]) and scores[-1] > scores[0]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit(songs, trained, tmp_path, number, code):
+    """To the whole process group, as a terminal or a scheduler sends them: the loader's workers get them too."""
+    out = tmp_path / "run"
+    command = [sys.executable, HERE / "train.py", *flags(songs, out, steps=100_000, workers=2, save_every=100_000,
+                                                         validate_every=100_000)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    log, deadline = out / "log.csv", time.time() + 120
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in stdout, stdout
+    step = torch.load(out / "last.pt", weights_only=True)["step"]
+    assert step >= 4
+    for folder in (out, tmp_path / "straight"):
+        assert call(train.main, *flags(songs, folder, steps=step + 2))[0] == 0
+    assert equal(weights(out / "last.pt"), weights(tmp_path / "straight" / "last.pt"))
+
+
+def test_an_interrupted_validation_is_made_up_for(songs, tmp_path, monkeypatch):
+    out, score = tmp_path / "run", evaluate.evaluate_track
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return score(*arguments)
+    monkeypatch.setattr(evaluate, "evaluate_track", interrupted)
+    assert call(train.main, *flags(songs, out, steps=3))[0] == 130 and not (out / "best.pt").exists()
+    monkeypatch.undo()
+    for _ in range(2):                                                # the second time there is nothing left to do
+        assert call(train.main, *flags(songs, out, steps=3))[0] == 0
+    with open(out / "log.csv", newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["valid_sdr"]]
+    last, best = (torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    assert last["validated"] == best["step"] == int(row["step"]) == 3
+    assert last["best"] == best["valid_sdr"] == float(row["valid_sdr"])
+
+    def worse(*arguments):
+        rows, estimates = score(*arguments)
+        return [{**row, "sdr": -50.0} for row in rows], estimates
+    monkeypatch.setattr(evaluate, "evaluate_track", worse)
+    assert call(train.main, *flags(songs, out, steps=4))[0] == 0
+    assert torch.load(out / "best.pt", weights_only=True)["step"] == 3
+
+
+def test_what_is_not_finite_is_neither_learned_nor_saved(songs, tmp_path, monkeypatch):
+    out, real = tmp_path / "run", torch.nn.utils.get_total_norm
+    norms = iter([1.0, 1.0, float("nan")])
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: real(grads) * next(norms))
+    fails(train.main, *flags(songs, out, save_every=1), saying=("step 3", "gradient norm nan", "--lr"))
+    last = torch.load(out / "last.pt", weights_only=True)
+    assert last["step"] == 2 and all(torch.isfinite(value).all() for value in last["model"].values())
+
+
+def test_train_refuses(songs, trained, tmp_path):
+    before = (trained / "last.pt").read_bytes()
+    fails(train.main, *flags(songs, trained, width=4), saying=("--width 2", "this command: 4"))
+    fails(train.main, *flags(songs, trained, seed=4), saying=("--seed 0", "this command: 4"))
+    assert (trained / "last.pt").read_bytes() == before
+    fails(train.main, *flags(songs, tmp_path / "a", model="ResUnet"), saying=("ResUnet", "ResUNetDecouple+"))
+    fails(train.main, *flags(songs, tmp_path / "a"), "--source", "vocal", saying=("vocal", "accompaniment"))
+    fails(train.main, *flags(songs, tmp_path / "a", device="cuda:99"), saying=("cuda:99",))
+    fails(train.main, *flags(songs, tmp_path / "a", device="gpu"), saying=("gpu",))
+    fails(train.main, *flags(tmp_path / "absent", tmp_path / "a"), saying=("absent", "found no folder"))
+    fails(train.main, *flags(songs, tmp_path / "a", steps=0), saying=("--steps 0",))
+    fails(train.main, *flags(songs, tmp_path / "a", lr="nan"), saying=("--lr nan",))
+    fails(train.main, *flags(songs, tmp_path / "a", workers=-1), saying=("--workers",))
+    fails(train.main, *flags(None, trained), saying=("songs of your own", "--musdb"))
+    fails(train.main, *flags(songs, tmp_path / "a"), "--step", "3", saying=("--step",))
+    assert not (tmp_path / "a").exists()
+
+
+# ---- separate.py and evaluate.py -------------------------------------------------------------------------------------
+
+def test_separate(checkpoint, tmp_path):
+    for name, rate, channels, length in (
+            ("a song (1) ü.wav", RATE, 2, 50_001), ("fast.wav", 48000, 2, 50_001), ("mono.flac", 22050, 1, 30_000),
+            ("one.wav", RATE, 2, 1), ("none.wav", RATE, 2, 0)):
+        path = tmp_path / name
+        mss.write_audio(path, noise(channels, length), rate)
+        code, out, err = call(separate.main, path, "-m", checkpoint, "-o", tmp_path / "out", "-d", "cpu")
+        assert code == 0 and err == "" and "cpu" in out and "real-time factor" in out
+        stems = [tmp_path / "out" / path.stem / f"{stem}.wav" for stem in ("vocals", "accompaniment")]
+        assert all(str(stem) in out and soundfile.info(stem).subtype == "FLOAT" for stem in stems)
+        (vocals, _), (accompaniment, found) = map(mss.read_audio, stems)
+        mixture, _ = mss.read_audio(path)
+        assert found == rate and vocals.shape == accompaniment.shape == mixture.shape
+        assert torch.allclose(vocals + accompaniment, mixture, rtol=0, atol=1e-6)
+        assert length < 2 or 0 < vocals.abs().max()
+
+
+def test_separated_file_equals_separated_track(checkpoint, tmp_path):
+    config, model, _ = mss.load_checkpoint(checkpoint)
+    mixture = noise(2, 25 * RATE)
+    mss.write_audio(tmp_path / "song.wav", mixture, RATE)
+    separate.separate_file(model, tmp_path / "song.wav", tmp_path)
+    assert torch.equal(mss.read_audio(tmp_path / "vocals.wav")[0], mss.separate_track(model, mixture)[0])
+
+
+def test_separate_bad_inputs(checkpoint, tmp_path):
+    good, bad = tmp_path / "good.wav", tmp_path / "bad.wav"
+    mss.write_audio(good, noise(2, 1000), RATE)
+    for harm, word in ((lambda: bad.write_bytes(b"junk"), "soundfile"), (lambda: bad.unlink(), "found no file"),
+                       (lambda: bad.write_bytes(good.read_bytes()[:4000]), "truncated"),
+                       (lambda: soundfile.write(bad, np.full((9000, 2), np.nan, "float32"), RATE, "FLOAT"), "NaN"),
+                       (lambda: mss.write_audio(bad, noise(6, 100), RATE), "found 6")):
+        harm()
+        fails(separate.main, bad, "-m", checkpoint, "-o", tmp_path / "out", saying=("bad", word))
+        assert not list((tmp_path / "out").rglob("*.*"))
+    code, out, err = call(separate.main, bad, good, "-m", checkpoint, "-o", tmp_path / "out")
+    assert code == 1 and "bad.wav" in err and (tmp_path / "out" / "good" / "vocals.wav").exists()
+    own = tmp_path / "own" / "vocals.wav"
+    mss.write_audio(own, noise(2, 100), RATE)
+    before = own.read_bytes()
+    shutil.move(own.parent, tmp_path / "vocals")
+    fails(separate.main, tmp_path / "vocals" / "vocals.wav", "-m", checkpoint, "-o", tmp_path, saying=("written over",))
+    assert (tmp_path / "vocals" / "vocals.wav").read_bytes() == before
+
+
+def test_evaluate(songs, trained, tmp_path):
+    out = tmp_path / "estimates"
+    code, stdout, err = call(evaluate.main, "-m", trained / "best.pt", "--musdb", songs, "--out", out)
+    assert code == 0 and err == "" and evaluate.SDR in stdout and evaluate.USDR in stdout
+    with open(out / "test.csv", newline="") as file:
+        rows = {row["target"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["vocals", "accompaniment"]
+    (track,) = mss.musdb_tracks(songs, "test")
+    estimates = {name: mss.read_audio(out / "test" / track.name / f"{name}.wav")[0] for name in rows}
+    frames = mss.framewise_sdr(np.stack([track.load(name) for name in rows]), np.stack(list(estimates.values())), RATE)
+    for name, values in zip(rows, frames):
+        assert float(rows[name]["sdr"]) == pytest.approx(np.median(values), abs=1e-9)
+        assert (rows[name]["frames"], rows[name]["frames_total"]) == ("3", "3")
+        baseline = mss.framewise_sdr(track.load(name)[None], track.load("mixture")[None], RATE)
+        assert float(rows[name]["mixture_sdr"]) == pytest.approx(np.median(baseline), abs=1e-9)
+    fails(evaluate.main, "-m", trained / "best.pt", "--musdb", tmp_path / "absent", saying=("absent",))
+
+
+# ---- What the project promises its readers ---------------------------------------------------------------------------
+
+def test_equations_stand_at_their_lines():
+    code = [line for line in (HERE / "mss.py").read_text().splitlines() if re.search(r"\S.*# eq\. \d", line)]
+    found = {int(number) for line in code for number in re.findall(r"eq\. (\d)", line)}
+    assert {2, 4, 5, 6, 7, 8, 9} <= found
+
+
+def test_files_keep_their_budgets():
+    lengths = []
+    for name, budget in {"mss.py": 750, "train.py": 350, "separate.py": 300, "evaluate.py": 500,
+                         "test_mss.py": 1000}.items():
+        source = (HERE / name).read_text()
+        assert source.count("\n") <= budget, name
+        functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+        sizes = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+        assert max(sizes.values()) <= 60, (name, max(sizes, key=sizes.get))
+        lengths += sizes.values() if name != "test_mss.py" else []
+    assert statistics.median(lengths) <= 10
+
+
+def test_readme_commands_exist():
+    readme = (HERE / "README.md").read_text()
+    helps = {}
+    for script, arguments in re.findall(r"^(?:\S+/)?python (\w+\.py)(.*)$", readme, re.MULTILINE):
+        if script not in helps:
+            done = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, text=True, check=True)
+            helps[script] = done.stdout
+        for flag in re.findall(r"(?<=\s)(--?[a-z][\w-]*)", arguments.split("#")[0]):
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[script]), f"{script} has no {flag}"
+    assert {"train.py", "separate.py", "evaluate.py"} <= set(helps)
+    table = dict(re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", readme, re.MULTILINE))
+    assert {name: int(lines) for name, lines in table.items()} == {
+        name: (HERE / name).read_text().count("\n")
+        for name in ("mss.py", "train.py", "separate.py", "evaluate.py", "test_mss.py")}
