@@ -648,6 +648,15 @@ def test_signals_save_and_exit(songs, trained, tmp_path, number, code):
     assert equal(weights(out / "last.pt"), weights(tmp_path / "straight" / "last.pt"))
 
 
+def test_an_error_in_a_worker_ends_the_run(songs, tmp_path):
+    root = shutil.copytree(songs, tmp_path / "root")
+    stem = root / "train" / "Synthetic - Song 0" / "vocals.flac"
+    stem.write_bytes(stem.read_bytes()[:9000])                        # its header is whole: found out while training
+    command = [sys.executable, HERE / "train.py", *flags(root, tmp_path / "run", steps=500, workers=2)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "vocals.flac" in done.stderr, done.stderr
+
+
 def test_an_interrupted_validation_is_made_up_for(songs, tmp_path, monkeypatch):
     out, score = tmp_path / "run", evaluate.evaluate_track
 

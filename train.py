@@ -7,6 +7,7 @@ OUT holds last.pt (to resume from), best.pt (highest validation SDR) and log.csv
 """
 import csv
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -130,6 +131,14 @@ def catch_signals():
 def ignore_signals(worker):
     for number in (signal.SIGINT, signal.SIGTERM):                    # a terminal or scheduler signals workers too:
         signal.signal(number, signal.SIG_IGN)                         # the loop needs them until its step is done
+
+
+def end_workers():
+    """End the loader's workers, which would ignore the SIGTERM that ends them when this process exits."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # torch's handler would call their end an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def resume(out, settings, model, optimizer):
@@ -307,7 +316,10 @@ def main(argv=None):
     run = resume(args.out, settings, model, optimizer)
     print(f"{config.model}, {sum(p.numel() for p in model.parameters()):,} parameters, for {args.source}, on {device}; "
           f"{len(tracks)} songs to train on, {len(held_out)} to validate; {args.out}")
-    return train(args, run, model, optimizer, segments, held_out, open_log(args.out / "log.csv", run))
+    try:
+        return train(args, run, model, optimizer, segments, held_out, open_log(args.out / "log.csv", run))
+    finally:
+        end_workers()
 
 
 if __name__ == "__main__":
