@@ -320,8 +320,8 @@ def musdb_tracks(root, subset, cache=None):
         if path.is_file():
             songs[name] = cache / folder.name / name
             if not songs[name].is_dir():
-                print(f"decoding {i}/{len(songs)} {path.name} -> {songs[name]}", file=sys.stderr)
                 decode_stems(path, songs[name])
+                print(f"decoded {i}/{len(songs)} {path.name} -> {songs[name]}", file=sys.stderr)
     return [open_track(path) for path in songs.values()]
 
 
