@@ -22,7 +22,7 @@ def with_complements(mixture, estimates):
     other = mss.complement(estimates)
     if other:
         return {**estimates, other: mixture - next(iter(estimates.values()))}
-    if set(stems) <= set(estimates) and "accompaniment" not in estimates:
+    if set(mss.SOURCES) <= set(estimates) and "accompaniment" not in estimates:
         return {**estimates, "accompaniment": sum(estimates[name] for name in stems)}
     return estimates
 

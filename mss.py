@@ -88,14 +88,15 @@ def open_audio(path):
         yield file
 
 
-def read_samples(file, frames):
-    """The next `frames` samples of an open soundfile -> (C, frames) float32 tensor. UserError where there are fewer."""
-    start = file.tell()
+def read_samples(file, frames, start=None):
+    """The next `frames` samples (those from `start`) of an open soundfile -> (C, frames) float32. UserError where there
+    are fewer, but of an MP3, whose length is only estimated, fewer may come."""
     try:
+        start = file.tell() if start is None else file.seek(start)
         audio = file.read(frames, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise UserError(f"{file.name}: damaged after sample {start}: {error}") from error
-    if len(audio) < frames:
+        raise UserError(f"{file.name}: damaged, perhaps truncated, after sample {start}: {error}") from error
+    if len(audio) < frames and file.format != "MP3":
         raise UserError(f"{file.name}: truncated: {file.frames} samples expected, found {start + len(audio)}")
     return torch.from_numpy(audio.T.copy())
 
@@ -112,8 +113,8 @@ def read_audio(path, start=0, frames=-1):
     Past the end of the file there is nothing: fewer samples come back. Raises UserError for unreadable files.
     """
     with open_audio(path) as file:
-        left = file.frames - file.seek(min(start, file.frames))
-        return read_samples(file, left if frames < 0 else min(frames, left)), file.samplerate
+        left = max(0, file.frames - start)
+        return read_samples(file, left if frames < 0 else min(frames, left), file.frames - left), file.samplerate
 
 
 @contextlib.contextmanager
@@ -674,10 +675,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 def convert_published(content, file_name):
-    """{"step", "model"} of a published resunet143_ismir2021 file -> the same as a checkpoint of ours.
-
-    Only the file's name tells the target: accompaniment where the word is in it, else vocals.
-    """
+    """{"step", "model"} of a published resunet143_ismir2021 file, whose name tells the target -> one like ours."""
     target = "accompaniment" if "accompaniment" in file_name else "vocals"
     ours, rules = {}, (
         (r"^bn0", lambda m: "norm"),

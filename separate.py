@@ -33,9 +33,9 @@ def separate_file(model, path, folder, bf16=False, progress=lambda done, total: 
         stems = mss.resample_blocks(mss.separate_blocks(model, blocks, bf16=bf16), config.sample_rate, rate)
         writers = [stack.enter_context(mss.write_blocks(output, rate, channels, total)) for output in paths]
         for block in stems:                                           # (S, C, n)
-            n = min(block.shape[-1], total - again.tell())            # resampling twice may add a sample or two
-            mixture = mss.read_samples(again, n)
-            estimates = list(mss.to_channels(block[..., :n], channels))
+            mixture = mss.read_samples(again, min(block.shape[-1], total - again.tell()))
+            block = block[..., :mixture.shape[-1]]                    # resampling twice may add a sample or two
+            estimates = list(mss.to_channels(block, channels))
             for write, audio in zip(writers, estimates + [mixture - sum(estimates)] * bool(complement)):
                 write(audio)
             progress(again.tell(), total)

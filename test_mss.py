@@ -648,6 +648,20 @@ def test_signals_save_and_exit(songs, trained, tmp_path, number, code):
     assert equal(weights(out / "last.pt"), weights(tmp_path / "straight" / "last.pt"))
 
 
+def test_an_mp3_is_as_long_as_it_plays(checkpoint, tmp_path):
+    """Without a length in its header libsndfile estimates one, which may be too high."""
+    song = tmp_path / "song.mp3"
+    soundfile.write(song, noise(8 * RATE, 2).numpy(), RATE, bitrate_mode="CONSTANT", compression_level=0.0)
+    content = song.read_bytes()
+    song.write_bytes(content[:len(content) * 2 // 3])                 # a player would just stop there
+    assert soundfile.info(song).frames > len(soundfile.read(song)[0])
+    mixture, _ = mss.read_audio(song)
+    assert call(separate.main, song, "-m", checkpoint, "-o", tmp_path)[0] == 0
+    stems = [tmp_path / "song" / f"{name}.wav" for name in ("vocals", "accompaniment")]
+    vocals, accompaniment = (mss.read_audio(stem)[0] for stem in stems)
+    assert vocals.shape == mixture.shape and torch.allclose(vocals + accompaniment, mixture, rtol=0, atol=1e-6)
+
+
 def test_an_error_in_a_worker_ends_the_run(songs, tmp_path):
     root = shutil.copytree(songs, tmp_path / "root")
     stem = root / "train" / "Synthetic - Song 0" / "vocals.flac"

@@ -109,6 +109,8 @@ def validate(model, tracks, bf16, caught):
         if caught:
             return {}
     model.train()
+    if not any(np.isfinite(row["sdr"]) for row in rows):
+        raise mss.UserError("validation songs in which the source sounds expected; found it silent in every 1 s frame")
     return {"valid_sdr": evaluate.median([row["sdr"] for row in rows]),
             "valid_mixture_sdr": evaluate.median([row["mixture_sdr"] for row in rows]),
             "valid_usdr": evaluate.mean([row["usdr"] for row in rows])}
@@ -315,7 +317,7 @@ def main(argv=None):
     settings["songs"] = [[track.name, track.frames] for track in tracks + held_out]
     run = resume(args.out, settings, model, optimizer)
     print(f"{config.model}, {sum(p.numel() for p in model.parameters()):,} parameters, for {args.source}, on {device}; "
-          f"{len(tracks)} songs to train on, {len(held_out)} to validate; {args.out}")
+          f"{root}: {len(tracks)} songs to train on, {len(held_out)} to validate; {args.out}")
     try:
         return train(args, run, model, optimizer, segments, held_out, open_log(args.out / "log.csv", run))
     finally:
