@@ -18,12 +18,11 @@ COLUMNS = ("track", "target", "sdr", "mixture_sdr", "usdr", "mixture_usdr", "fra
 
 def with_complements(mixture, estimates):
     """Add what follows from estimates {target: (C, L)}: the other one of vocals and accompaniment."""
-    stems = mss.SOURCES[1:]
     other = mss.complement(estimates)
     if other:
         return {**estimates, other: mixture - next(iter(estimates.values()))}
     if set(mss.SOURCES) <= set(estimates) and "accompaniment" not in estimates:
-        return {**estimates, "accompaniment": sum(estimates[name] for name in stems)}
+        return {**estimates, "accompaniment": sum(estimates[name] for name in mss.SOURCES[1:])}
     return estimates
 
 

@@ -89,8 +89,10 @@ def open_audio(path):
 
 
 def read_samples(file, frames, start=None):
-    """The next `frames` samples (those from `start`) of an open soundfile -> (C, frames) float32. UserError where there
-    are fewer, but of an MP3, whose length is only estimated, fewer may come."""
+    """The next `frames` samples of an open soundfile, or those from `start` -> (C, frames) float32 tensor.
+
+    UserError where there are fewer; only of an MP3, whose length is an estimate, fewer may come.
+    """
     try:
         start = file.tell() if start is None else file.seek(start)
         audio = file.read(frames, dtype="float32", always_2d=True)
@@ -537,7 +539,7 @@ class Separator(nn.Module):
         X = stft(mixture, config.window, config.hop)                              # (B, C, T, F)
         x = self.norm(magnitude_of(X).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)    # (B, F, C, T) and back
         frames = x.shape[2]
-        x = F.pad(x[..., :-1], (0, 0, 0, -frames % self.backbone.frame_multiple)) # without the Nyquist bin: F - 1
+        x = F.pad(x[..., :-1], (0, 0, 0, -frames % self.backbone.frame_multiple)) # (B, C, T', F - 1): no Nyquist bin
         features = self.backbone(x)[:, :, :frames].float()                        # (B, D, T, F - 1)
         with torch.autocast(mixture.device.type, enabled=False):
             heads = {name: head(features).unflatten(1, (-1, config.channels))     # (B, S, C, T, F - 1)

@@ -705,6 +705,14 @@ def test_what_is_not_finite_is_neither_learned_nor_saved(songs, tmp_path, monkey
     assert last["step"] == 2 and all(torch.isfinite(value).all() for value in last["model"].values())
 
 
+def test_silent_validation_songs_are_refused_at_the_start(songs, tmp_path):
+    root = shutil.copytree(songs, tmp_path / "root")
+    for stem in root.glob("valid/*/vocals.flac"):
+        mss.write_audio(stem, torch.zeros(2, 3 * RATE), RATE)
+    fails(train.main, *flags(root, tmp_path / "run"), saying=("a validation song with vocals", "silence"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_refuses(songs, trained, tmp_path):
     before = (trained / "last.pt").read_bytes()
     fails(train.main, *flags(songs, trained, width=4), saying=("--width 2", "this command: 4"))
