@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,17 +30,15 @@ import soundfile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 SOURCES = ("vocals", "bass", "drums", "other")  # "accompaniment" is the sum of the last three
-
 
 class UserError(ValueError):
     """Something the user can mend; the scripts print it as one line and exit with code 2."""
 
-
 def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
-
 
 @dataclasses.dataclass
 class Config:
@@ -51,7 +50,6 @@ class Config:
     width: int = 32                             # features of the first encoder; the others are multiples of it
     window: int = 2048                          # samples, the FFT's length too: F = window / 2 + 1 = 1025 bins
     hop: int = 441                              # samples: 10 ms
-
 
 # ---- Audio files. Arrays are (L, C) only inside read_samples and write_blocks ----------------------------------------
 
@@ -65,7 +63,8 @@ def run_ffmpeg(path, *output):
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise UserError(f"{path}: readable neither by soundfile nor by ffmpeg: {one_line(done.stderr)}")
-
+    if done.stderr:                                                   # such as of a truncated file
+        print(f"notice: {path}: ffmpeg: {one_line(done.stderr)}", file=sys.stderr)
 
 @contextlib.contextmanager
 def open_audio(path):
@@ -73,20 +72,29 @@ def open_audio(path):
     with contextlib.ExitStack() as stack:
         try:
             file = soundfile.SoundFile(path)
+            stated = rb"(Xing|Info)\0\0\0|VBRI"                       # without these an MP3's length is a guess
+            guessed = file.format == "MP3" and not re.search(stated, Path(path).read_bytes()[:1 << 20])
+            foreign = guessed and shutil.which("ffmpeg") or not file.seekable() or file.frames > 1 << 48    # streamed
+            if guessed and not foreign:
+                print(f"notice: {path}: its length is a guess; the end may be missing without ffmpeg", file=sys.stderr)
         except (soundfile.LibsndfileError, TypeError):                # TypeError: headerless .raw
+            foreign = True
+        if foreign:
             if not Path(path).is_file():
-                raise UserError(f"{path}: an audio file expected, found no file") from None
+                found = "a folder without any" if Path(path).is_dir() else "no file"
+                raise UserError(f"{path}: an audio file expected, found {found}")
             decoded = Path(stack.enter_context(tempfile.TemporaryDirectory()), "decoded.wav")
             run_ffmpeg(path, "-map", "0:a:0", "-c:a", "pcm_f32le", "-rf64", "auto", decoded)
             file = soundfile.SoundFile(decoded)
         stack.enter_context(file)
-        cut = re.search(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+        cut = re.search(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
         if cut and int(cut[2]) < int(cut[1]) < 0xFFFFF000:            # streamed WAVs say 2^32 - 1
             raise UserError(f"{path}: truncated: {cut[1]} bytes of samples expected, found {cut[2]}")
+        if "does not match value from 'ds64'" in file.extra_info:     # RF64
+            raise UserError(f"{path}: truncated: its header speaks of more samples than there are")
         if file.channels > 2:
             raise UserError(f"{path}: 1 or 2 channels expected, found {file.channels}")
         yield file
-
 
 def read_samples(file, frames, start=None):
     """The next `frames` samples of an open soundfile, or those from `start` -> (C, frames) float32 tensor.
@@ -100,14 +108,17 @@ def read_samples(file, frames, start=None):
         raise UserError(f"{file.name}: damaged, perhaps truncated, after sample {start}: {error}") from error
     if len(audio) < frames and file.format != "MP3":
         raise UserError(f"{file.name}: truncated: {file.frames} samples expected, found {start + len(audio)}")
+    if not np.isfinite(audio).all():
+        at = start + int(np.argmin(np.isfinite(audio).all(axis=1)))
+        raise UserError(f"{file.name}: finite samples expected, found NaN or infinity at sample {at}")
     return torch.from_numpy(audio.T.copy())
 
-
-def read_blocks(file, block=1 << 18):
-    """Yield an open soundfile as (C, <= block) float32 tensors: at least one, be it empty."""
-    for start in range(0, max(file.frames, 1), block):
-        yield read_samples(file, min(block, file.frames - start))
-
+def read_blocks(file, start=0, frames=None, block=1 << 18):
+    """Yield `frames` samples from `start` (default: all) as (C, <= block) float32 tensors: one at least."""
+    frames = file.frames - start if frames is None else frames
+    file.seek(start)
+    for done in range(0, max(frames, 1), block):
+        yield read_samples(file, min(block, frames - done))
 
 def read_audio(path, start=0, frames=-1):
     """Read a file, or `frames` samples of it from `start` on -> ((C, L) float32 tensor, sample rate in Hz).
@@ -117,7 +128,6 @@ def read_audio(path, start=0, frames=-1):
     with open_audio(path) as file:
         left = max(0, file.frames - start)
         return read_samples(file, left if frames < 0 else min(frames, left), file.frames - left), file.samplerate
-
 
 @contextlib.contextmanager
 def replacing(path):
@@ -131,33 +141,32 @@ def replacing(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 @contextlib.contextmanager
-def write_blocks(path, rate, channels, frames=0):
+def write_blocks(path, rate, channels, frames=0, subtype=None):
     """Yield a function that appends (C, n) float blocks to a new file, which gets its name at the end.
 
-    WAV is float32, other formats have soundfile's default; `frames`, the length to come, picks RF64 past 4 GB.
-    The function raises UserError for samples that are not finite: as PCM they would be full-scale noise.
+    `subtype` is soundfile's; by default WAV has float32, FLAC 24 bits, MP3 and OGG their best. `frames` to come pick
+    RF64 past 4 GB. The function raises UserError for samples that aren't finite: as PCM they would be loud noise.
     """
-    wav = dict(format="RF64" if frames * channels * 4 > 4e9 else "WAV", subtype="FLOAT")
-    options = wav if Path(path).suffix.lower() == ".wav" else {}
+    options = {".wav": dict(format="RF64" if frames * channels * 4 > 4e9 else "WAV", subtype=subtype or "FLOAT"),
+               ".flac": dict(subtype=subtype or "PCM_24"), ".ogg": dict(compression_level=0.0),
+               ".mp3": dict(compression_level=0.0, bitrate_mode="CONSTANT")}.get(Path(path).suffix.lower(), {})
     with replacing(path) as temporary:
         def write(block):
             if not torch.isfinite(block).all():
                 raise UserError(f"{path}: not written: NaN or infinite samples")
-            file.write(block.T.numpy())
+            for part in block.split(1 << 18, dim=-1):                 # libsndfile crashes on long blocks of OGG
+                file.write(part.T.numpy())
         try:
             with soundfile.SoundFile(temporary, "w", rate, channels, **options) as file:
                 yield write
         except soundfile.LibsndfileError as error:                    # such as a full disk
             raise UserError(f"{path}: not written: {error}") from error
 
-
 def write_audio(path, audio, rate):
     """Write a (C, L) tensor; see write_blocks."""
     with write_blocks(path, rate, *audio.shape) as write:
         write(audio)
-
 
 def to_channels(audio, channels):
     """(..., 1 or 2, L) -> (..., channels, L): mono is doubled, stereo averaged; UserError for anything else."""
@@ -170,24 +179,8 @@ def to_channels(audio, channels):
         return audio.mean(dim=-2, keepdim=True)
     raise UserError(f"{channels} channels expected, or 1; found {found}")
 
-
-def windows(blocks, length, hop):
-    """Cut a stream of (..., n) blocks into windows (..., <= length) that start `hop` apart; yield (window, is_last).
-
-    The last one ends with the stream and, unless it is the only one, is longer than length - hop.
-    """
-    buffer = None
-    for block in blocks:
-        buffer = block if buffer is None else torch.cat([buffer, block], dim=-1)
-        while buffer.shape[-1] > length:
-            yield buffer[..., :length], False
-            buffer = buffer[..., hop:]
-    yield buffer, True
-
-
 ZEROS = 96                                      # zero crossings of the sinc on each side: passband to 0.92 Nyquist
 ATTENUATION = 120                               # dB, from the lower of both Nyquist frequencies on
-
 
 @functools.lru_cache(maxsize=64)
 def sinc_kernel(up, down):
@@ -204,29 +197,31 @@ def sinc_kernel(up, down):
     kernel /= kernel.sum(axis=1, keepdims=True)                       # gain 1 at 0 Hz in every phase
     return torch.from_numpy(kernel[:, None].astype("float32")), half
 
-
 def resample_blocks(blocks, rate_in, rate_out):
     """Resample a stream of (..., n) blocks; n samples in all become ceil(n * rate_out / rate_in)."""
     up, down = (rate // math.gcd(rate_in, rate_out) for rate in (rate_out, rate_in))
     if up == down:
         yield from blocks
         return
-    blocks = iter(blocks)
-    first = next(blocks)
     kernel, half = sinc_kernel(up, down)
-    margin = first.new_zeros(*first.shape[:-1], half)
-    step = max(1, (1 << 17) // down) * down                           # input samples per window: whole phases
-    for window, last in windows(itertools.chain([margin, first], blocks, [margin]), step + 2 * half, step):
+    step = max(1, (1 << 17) // down) * down                           # input samples at a time: whole phases
+    blocks = iter(blocks)
+    audio = next(blocks)
+    margin = audio.new_zeros(*audio.shape[:-1], half)
+    audio, blocks, last = torch.cat([margin, audio], dim=-1), itertools.chain(blocks, [margin]), False
+    while not last:
+        while audio.shape[-1] <= step + 2 * half and (block := next(blocks, None)) is not None:
+            audio = torch.cat([audio, block], dim=-1)
+        last = audio.shape[-1] <= step + 2 * half
+        window, audio = audio[..., :step + 2 * half], audio[..., step:]
         n = window.shape[-1] - 2 * half
         x = F.pad(window, (0, down - n % down)).flatten(0, -2)[:, None]  # (..., n) -> (N, 1, n'): one per channel
         y = F.conv1d(x, kernel, stride=down).transpose(1, 2)          # (N, n / down, up): phases interleaved
         yield y.reshape(*window.shape[:-1], -1)[..., :-(-n * up // down)]
 
-
 def resample(audio, rate_in, rate_out):
     """(..., L) at rate_in -> (..., ceil(L * rate_out / rate_in)) at rate_out: polyphase windowed sinc."""
     return torch.cat(list(resample_blocks([audio], rate_in, rate_out)), dim=-1)
-
 
 # ---- MUSDB18, MUSDB18-HQ and any data in their layout ----------------------------------------------------------------
 
@@ -235,7 +230,6 @@ VALID = ("Actions - One Minute Smile", "Clara Berry And Wooldog - Waltz For My V
          "Alexander Ross - Goodbye Bolero", "Fergessen - Nos Palpitants", "Leaf - Summerghost",
          "Skelpolu - Human Mistakes", "Young Griffo - Pennies", "ANiMAL - Rockshow", "James May - On The Line",
          "Meaxic - Take A Step", "Traffic Experiment - Sirens")
-
 
 @dataclasses.dataclass(frozen=True)
 class Track:
@@ -251,7 +245,6 @@ class Track:
         parts = {"accompaniment": SOURCES[1:], "mixture": SOURCES}
         names = [source] if source in self.files else parts[source]
         return sum(read_audio(self.files[name], start, frames)[0] for name in names)
-
 
 def open_track(folder):
     """A folder of {vocals,bass,drums,other[,mixture]}.{wav,flac,ogg} -> Track. UserError where it is no such one."""
@@ -271,7 +264,6 @@ def open_track(folder):
                         + ", ".join(f"{name} {n} samples {rate} Hz {c} ch" for name, (n, rate, c) in formats.items()))
     return Track(folder.name, files, *formats[files["vocals"].name])
 
-
 def decode_stems(path, folder):
     """Decode the five streams of a .stem.mp4 to int16 WAV files in `folder`, which appears when all are there."""
     streams = ("mixture", "drums", "bass", "other", "vocals")
@@ -284,7 +276,6 @@ def decode_stems(path, folder):
         if not folder.is_dir():                                       # another process may have been faster
             song.rename(folder)
 
-
 def musdb_root(root):
     """The dataset's folder: `root`, or its parent where the user gave ROOT/train. UserError where there is none."""
     root = Path(root).expanduser().resolve()
@@ -295,7 +286,6 @@ def musdb_root(root):
         print(f"notice: {root} is a subset; using {root.parent} as the dataset", file=sys.stderr)
         return root.parent
     return root
-
 
 def musdb_tracks(root, subset, cache=None):
     """The songs of `subset` ("train", "valid" or "test") below `root` -> list of Track, by name.
@@ -327,7 +317,6 @@ def musdb_tracks(root, subset, cache=None):
                 print(f"decoded {i}/{len(songs)} {path.name} -> {songs[name]}", file=sys.stderr)
     return [open_track(path) for path in songs.values()]
 
-
 # ---- Training examples -----------------------------------------------------------------------------------------------
 
 AUGMENTATIONS = {   # optional: (C, L), rng -> (C, L'); the README gives the evidence for each
@@ -336,7 +325,6 @@ AUGMENTATIONS = {   # optional: (C, L), rng -> (C, L'); the README gives the evi
     "flip": lambda x, rng: -x if rng.random() < 0.5 else x,
     "speed": lambda x, rng: resample(x, int(rng.integers(80, 121)), 100),       # 0.8 to 1.2 times, pitch too
 }
-
 
 class Segments(torch.utils.data.Dataset):
     """Training examples: [i] -> (mixture (C, L), targets (S, C, L)), a pure function of (seed, i) without an end.
@@ -373,7 +361,6 @@ class Segments(torch.utils.data.Dataset):
         source.setdefault("accompaniment", mixture - source["vocals"])
         return mixture, torch.stack([source[name] for name in self.config.targets])
 
-
 # ---- Spectrograms: (B, C, L) <-> (B, C, T, F) complex; any leading axes ----------------------------------------------
 
 def stft(audio, window=2048, hop=441):
@@ -383,13 +370,11 @@ def stft(audio, window=2048, hop=441):
     X = torch.stft(x, window, hop, window=torch.hann_window(window, device=x.device), return_complex=True)
     return X.transpose(1, 2).unflatten(0, audio.shape[:-1])           # (N, F, T) -> (..., T, F)
 
-
 def istft(X, length, window=2048, hop=441):
     """(..., T, F) complex -> (..., length) float: the inverse of stft."""
     x = torch.istft(X.flatten(0, -3).transpose(1, 2), window, hop, window=torch.hann_window(window, device=X.device),
                     length=max(length, window // 2 + 1))
     return x[:, :length].unflatten(0, X.shape[:-2])
-
 
 # ---- Heads: what the numbers that come out of the network mean -------------------------------------------------------
 # A rule maps the mixture's X (..., T, F) and real heads of the same shape to the estimate's complex spectrogram.
@@ -399,46 +384,38 @@ def magnitude_of(X):
     """|X| with a floor that keeps the gradient finite at 0."""
     return (X.real ** 2 + X.imag ** 2).clamp(min=1e-10).sqrt()
 
-
 def phase_of(X):
     """e^(j angle X), and 0 where X is 0."""
     return X / magnitude_of(X)
-
 
 def rotation(p_r, p_i):
     """e^(j angle M), M's real part going with p_r and its imaginary part with p_i, and 0 where both are 0."""
     length = (p_r ** 2 + p_i ** 2).clamp(min=1e-20).sqrt()
     return torch.complex(p_r / length, p_i / length)                  # eq. 6: cos and sin of angle M
 
-
 def magnitude_mask(X, mask):
     """A mask in [0, 1] on the magnitude, with the mixture's phase (eq. 1)."""
     return torch.sigmoid(mask) * X                                    # eq. 2
-
 
 def complex_mask(X, o_r, o_i):
     """UNetPhase: the bounded complex mask of Choi et al. 2019, M = tanh(|O|) O / |O|."""
     length = (o_r ** 2 + o_i ** 2).clamp(min=1e-20).sqrt()
     return torch.tanh(length) * rotation(o_r, o_i) * X                # eq. 4
 
-
 def decouple(X, mask, p_r, p_i):
     """A mask in [0, 1] on the magnitude and a rotation of the phase, estimated apart."""
     M = torch.sigmoid(mask) * rotation(p_r, p_i)                      # eq. 7
     return M * X                                                      # eq. 4
-
 
 def decouple_plus(X, mask, q, p_r, p_i):
     """As decouple; a magnitude q that is added directly lets |M| exceed 1."""
     magnitude = F.relu(torch.sigmoid(mask) * magnitude_of(X) + q)     # eq. 8
     return magnitude * rotation(p_r, p_i) * phase_of(X)               # eq. 9
 
-
 # ---- Backbones: (B, D_in, T, F) -> (B, D, T, F), T and F multiples of what the pooling divides them by ---------------
 
 def batch_norm(features):
     return nn.BatchNorm2d(features, momentum=0.01)                    # momentum as in the published code
-
 
 class ConvBlock(nn.Sequential):
     """Two 3x3 convolutions, normalised and rectified after each: those of the 33-layer UNet."""
@@ -446,7 +423,6 @@ class ConvBlock(nn.Sequential):
         super().__init__(
             nn.Conv2d(features_in, features, 3, padding=1, bias=False), batch_norm(features), nn.LeakyReLU(0.01, True),
             nn.Conv2d(features, features, 3, padding=1, bias=False), batch_norm(features), nn.LeakyReLU(0.01, True))
-
 
 class ResBlock(nn.Module):
     """RCB (figure 4c): two 3x3 convolutions, normalised and rectified before each, around a shortcut."""
@@ -461,13 +437,11 @@ class ResBlock(nn.Module):
     def forward(self, x):
         y = self.conv1(F.leaky_relu(self.bn1(x), 0.01, inplace=True))             # (B, D_in, T, F) -> (B, D, T, F)
         y = self.conv2(F.leaky_relu(self.bn2(y), 0.01, inplace=True))             # in place: batch norm keeps its input
-        return y + self.shortcut(x)
-
+        return y.add_(self.shortcut(x))
 
 def res_blocks(features_in, features):
     """Four RCBs: the 8 convolutions of an REB, ICB or RDB (figure 4a, b)."""
     return nn.Sequential(ResBlock(features_in, features), *(ResBlock(features, features) for _ in range(3)))
-
 
 class Decoder(nn.Module):
     """Up-sample by `stride`, join the encoder's output, convolve."""
@@ -478,9 +452,8 @@ class Decoder(nn.Module):
                    nn.Sequential(up, batch_norm(features), nn.LeakyReLU(0.01, True)))
         self.block = block(2 * features, features)
 
-    def forward(self, x, skip):
-        return self.block(torch.cat([self.up(x), skip], dim=1))
-
+    def forward(self, x, skips):
+        return self.block(torch.cat([self.up(x), skips.pop()], dim=1))      # popped here: freed before the block runs
 
 class UNet(nn.Module):
     """(B, D_in, T, F) -> (B, width, T, F): 32 or, residual, 142 convolutions; the heads are the 33rd and the 143rd.
@@ -507,13 +480,23 @@ class UNet(nn.Module):
             x = F.avg_pool2d(skips[-1], stride)                       # T and F halved; the residual's last only F
         x = self.bottleneck(x)
         for decoder in self.decoders:
-            x = decoder(x, skips.pop())
+            x = decoder(x, skips)
         return self.after(x)                                          # (B, width, T, F)
-
 
 unet = functools.partial(UNet, residual=False)
 resunet = functools.partial(UNet, residual=True)
 
+def fold_batch_norms(model):
+    """Merge each batch norm that follows a convolution into it -> model: faster, equal up to rounding, not to train."""
+    for module in model.modules():
+        if isinstance(module, (ResBlock, nn.Sequential)):             # whose children are in the order of their use
+            children = list(module.named_children())
+            for (before, conv), (after, norm) in zip(children, children[1:]):
+                if isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(norm, nn.BatchNorm2d):
+                    transposed = isinstance(conv, nn.ConvTranspose2d)
+                    setattr(module, before, torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm, transposed))
+                    setattr(module, after, nn.Identity())
+    return model
 
 # ---- The model: everything between two waveforms ---------------------------------------------------------------------
 
@@ -548,7 +531,6 @@ class Separator(nn.Module):
             Y = F.pad(self.rule(X[:, None, ..., :-1], **heads), (0, 1))           # (B, S, C, T, F): 0 at Nyquist
             return istft(Y, mixture.shape[-1], config.window, config.hop)         # (B, S, C, L)
 
-
 MODELS = {
     # Table 3                                  backbone  rule           J (stereo, one target)
     "UNetPhase":        lambda c: Separator(c, unet,     complex_mask),     # 4
@@ -560,44 +542,69 @@ MODELS = {
     "ResUNetDecouple+": lambda c: Separator(c, resunet,  decouple_plus),    # 8
 }
 
-
 # ---- Whole tracks, in constant memory: blocks in, blocks out ---------------------------------------------------------
 
-SEGMENT, OVERLAP = 10 * 44100, 44100            # samples: 10 s at 44.1 kHz, of which neighbours share 1 s
+SEGMENT, OVERLAP = 639 * 441, 63 * 441          # 6.39 and 0.63 s: 640 frames, 576 apart, are pooled alike, unpadded
 
+def separate_windows(model, windows, bf16):
+    """(B, C, n) on the CPU -> (B, S, C, n) on the CPU, or None where the device's memory is too small for that."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return model(windows.to(device)).float().cpu()
+    except RuntimeError as error:                                     # torch.OutOfMemoryError, MPS's and the CPU's own
+        if not re.search("out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", str(error)):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
-def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, bf16=False):
+def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=1, bf16=False):
     """Separate a stream of (C, n) blocks -> a stream of (S, C, n') blocks of the same total length.
 
-    The model sees `segment` samples at a time. Of the `overlap` between two neighbours the middle half is cross-faded;
-    the quarters beside it are context that only the other neighbour's samples are taken from.
+    The model sees windows of `segment` samples, `batch_size` at once. Of the `overlap` between two neighbours the
+    middle half is cross-faded; the quarters beside it are context that only the other neighbour's samples are taken
+    from. Where memory runs out, fewer windows go at once, then shorter ones; UserError where that doesn't help.
     """
     fade = overlap // 2
     context = (overlap - fade) // 2
+    if segment - overlap < max(fade, 1):
+        raise UserError(f"a segment of at least 1.5 overlaps expected, found {segment} and {overlap} samples")
     ramp = (torch.arange(fade) + 0.5) / max(fade, 1)                  # ramp + (1 - ramp) = 1: nothing to normalise
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    tail = None
-    for window, last in windows(blocks, segment, segment - overlap):
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            y = model(window[None].to(device))[0].float().cpu()       # (S, C, n)
-        end = y.shape[-1] if last else segment - overlap + context
-        if tail is None:
-            yield y[..., :end]
-        else:
-            yield torch.lerp(tail, y[..., context:context + fade], ramp)
-            yield y[..., context + fade:end]
-        tail = y[..., end:end + fade]
+    blocks = iter(blocks)
+    mixture, tail, last = next(blocks), None, False                   # (C, n): from the next window's start on
+    while not last:
+        hop = segment - overlap
+        while mixture.shape[-1] <= segment + (batch_size - 1) * hop and (block := next(blocks, None)) is not None:
+            mixture = torch.cat([mixture, block], dim=-1)
+        last = mixture.shape[-1] <= segment                           # the last window ends with the stream
+        count = 1 if last else min(batch_size, math.ceil((mixture.shape[-1] - segment) / hop))
+        windows = mixture[None] if last else mixture.unfold(-1, segment, hop).transpose(0, 1)[:count]     # (B, C, n)
+        estimates = separate_windows(model, windows, bf16)
+        if estimates is None:
+            last = False
+            if count == 1 and hop // 2 < max(fade, 1):
+                raise UserError(f"out of memory even with {segment} samples at once: try a lower --overlap, --bf16 or "
+                                "--device cpu")
+            batch_size, segment = (count // 2, segment) if count > 1 else (1, overlap + hop // 2)
+            print(f"notice: out of memory; going on with {batch_size} x {segment} samples at once", file=sys.stderr)
+            continue
+        for y in estimates:                                           # (S, C, n)
+            end = y.shape[-1] if last else hop + context
+            if tail is None:
+                yield y[..., :end]
+            else:
+                yield torch.lerp(tail, y[..., context:context + fade], ramp)
+                yield y[..., context + fade:end]
+            tail = y[..., end:end + fade]
+        mixture = mixture[..., count * hop:]
 
-
-def separate_track(model, mixture, segment=SEGMENT, overlap=OVERLAP, bf16=False):
+def separate_track(model, mixture, segment=SEGMENT, overlap=OVERLAP, batch_size=1, bf16=False):
     """(C, L) at the model's rate -> (S, C, L), for any L >= 0; see separate_blocks."""
-    return torch.cat(list(separate_blocks(model, [mixture], segment, overlap, bf16)), dim=-1)
-
+    return torch.cat(list(separate_blocks(model, [mixture], segment, overlap, batch_size, bf16)), dim=-1)
 
 def complement(targets):
     """What mixture - estimate is for a model of `targets`: the other one of vocals and accompaniment, or None."""
     return {("vocals",): "accompaniment", ("accompaniment",): "vocals"}.get(tuple(targets))
-
 
 # ---- SDR -------------------------------------------------------------------------------------------------------------
 
@@ -606,34 +613,10 @@ def decibels(signal, error):
     with np.errstate(divide="ignore", invalid="ignore"):
         return 10 * np.log10(np.divide(signal, error))                # eq. 5
 
-
 def sdr(reference, estimate, epsilon=0.0):
     """10 log10(|s|^2 / |y - s|^2) in dB over all samples and channels of two arrays of one shape."""
     s, y = np.asarray(reference, dtype=np.float64), np.asarray(estimate, dtype=np.float64)
     return float(decibels(np.vdot(s, s) + epsilon, np.vdot(y - s, y - s) + epsilon))
-
-
-def usdr(reference, estimate):
-    """SDR of a whole song as in MDX21 and SDX23, in dB: 1e-7 is added to both energies, so it is always finite."""
-    return sdr(reference, estimate, epsilon=1e-7)
-
-
-def framewise_sdr(references, estimates, rate):
-    """museval's (BSS Eval v4) SDR of S sources evaluated together: (S, C, L), (S, C, L') -> (S, frames) in dB.
-
-    Frames of 1 s; an incomplete last one is dropped unless it is the only one. Estimates are cut or zero-padded to L.
-    A frame is NaN for all sources if in any reference or estimate the channels sum to 0 at each of its samples.
-    """
-    s = np.asarray(references, dtype=np.float64)
-    y = np.asarray(estimates, dtype=np.float64)[..., :s.shape[-1]]
-    y = np.pad(y, [(0, 0), (0, 0), (0, s.shape[-1] - y.shape[-1])])
-    frame = min(int(rate), s.shape[-1])
-    frames = s.shape[-1] // frame if frame else 1
-    s, y = (x[..., :frames * frame].reshape(*x.shape[:2], frames, frame) for x in (s, y))     # (S, C, frames, frame)
-    silent = [(x.sum(axis=1) == 0).all(axis=-1).any(axis=0) for x in (s, y)]                  # (frames,)
-    signal, error = (np.einsum("scfl,scfl->sf", x, x) for x in (s, y - s))                    # (S, frames)
-    return np.where(silent[0] | silent[1], np.nan, decibels(signal, error))
-
 
 # ---- Checkpoints: one file of plain dicts and tensors ----------------------------------------------------------------
 
@@ -653,7 +636,6 @@ def save_checkpoint(path, config, model, **state):
             error = error.__context__
         raise UserError(f"{path}: not saved, an older file stays: {one_line(error)}") from error
 
-
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint of ours or a published ResUNet143 file -> (config, model in eval mode on device, state).
 
@@ -668,13 +650,13 @@ def load_checkpoint(path, device="cpu"):
         if "config" not in content:
             content = convert_published(content, Path(path).name)
         config = Config(**content.pop("config"))
-        model = MODELS[config.model](config)
-        model.load_state_dict(content.pop("model"))
+        with torch.device("meta"):                                    # no memory and no random numbers needed yet
+            model = MODELS[config.model](config)
+        model.load_state_dict(content.pop("model"), assign=True)
     except Exception as error:      # there are a dozen ways for a truncated, foreign or unsafe file to fail here
         raise UserError(f"{path}: a checkpoint of this program or a published resunet143_ismir2021 file expected, "
                         f"found a damaged or foreign file ({type(error).__name__}; --debug tells more)") from error
-    return config, model.to(device, memory_format=torch.channels_last).eval(), content
-
+    return config, model.to(device, torch.float32, memory_format=torch.channels_last).eval(), content
 
 def convert_published(content, file_name):
     """{"step", "model"} of a published resunet143_ismir2021 file, whose name tells the target -> one like ours."""
@@ -702,7 +684,6 @@ def convert_published(content, file_name):
         ours[name] = value
     return {"config": dataclasses.asdict(Config(targets=(target,))), "model": ours, "step": content.get("step")}
 
-
 # ---- What the scripts share ------------------------------------------------------------------------------------------
 
 def parser(description):
@@ -715,17 +696,16 @@ def parser(description):
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
-
 def pick_device(name):
-    """The torch device of a --device flag. UserError where this machine has none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """The torch device of a --device flag, under torchrun a GPU for each process. UserError where there is none."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
-        torch.empty(1, device=name).cpu()
-        return torch.device(name)
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.empty(1, device=device).cpu()
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: no such device here: {one_line(error)}") from None
-
 
 def keep_memory():
     """Let glibc keep freed memory: by default every large tensor is mapped and unmapped, which doubles the time."""
@@ -734,10 +714,29 @@ def keep_memory():
         libc.mallopt(-4, 0)                                           # M_MMAP_MAX: no allocation gets its own mapping
         libc.mallopt(-1, -1)                                          # M_TRIM_THRESHOLD: never give the heap's top back
 
+def peak_memory(device):
+    """The most memory that this process has held so far, on the GPU if it uses one, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2 ** 30
+    try:
+        import resource
+    except ImportError:                                               # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+@torch.inference_mode()
+def convolution_rate(device, dtype):
+    """The FLOP/s of a 3x3 convolution of 384 features, the ResUNet's widest: what the machine can do, median of 2 s."""
+    x, conv = (thing.to(device, dtype, memory_format=torch.channels_last) for thing in (
+        torch.randn(1, 384, 64, 64), nn.Conv2d(384, 384, 3, padding=1, bias=False)))
+    timer = Timer("conv(x)", globals={"conv": conv, "x": x}, num_threads=torch.get_num_threads())
+    return 2 * 9 * 384 * x.numel() / timer.blocked_autorange(min_run_time=2).median
 
 def run(main):
     """Run a script: exit with main's code; what the user can mend becomes one line on stderr and exit code 2."""
     keep_memory()
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):             # unwind, so that no temporary file stays
+        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main())
     except KeyboardInterrupt:

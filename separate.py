@@ -1,87 +1,300 @@
-"""Separate songs with a trained checkpoint.
+"""Separate songs into stems that have the song's length, sample rate and level.
 
-    python separate.py song.mp3 -m runs/vocals/best.pt        # separated/song/{vocals,accompaniment}.wav
-
-The stems are float32 WAV with the song's length, sample rate and level, and vocals + accompaniment = song.
+    python separate.py song.mp3 -m paper                      # separated/song/{vocals,accompaniment}.wav
+    python separate.py album/ -m runs/vocals/best.pt -o stems --ext flac
+    torchrun --nproc-per-node 8 separate.py album/ -m paper   # the files shared out over processes and GPUs
 """
+import argparse
+import collections
+import concurrent.futures
 import contextlib
+import dataclasses
+import http.client
+import itertools
+import math
+import multiprocessing
+import os
+import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import soundfile
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mss
 
+PUBLISHED = {   # the weights of the paper's authors: name -> target, SDR (dB, MUSDB18 test, by the file's name), sha256
+    "paper": ("vocals", 8.9, "0fa735205731b9685c63ce5c83e9469eff934f1c20dfd2260b4182194afedb96"),
+    "paper-accompaniment": ("accompaniment", 16.8, "a81ecdb0095ae6bb4433d6b3e4e0a30e57a1fbf5c931c950c20247d14fa1efd5"),
+}
+URL = "https://zenodo.org/records/5513378/files/resunet143_ismir2021_{}_{}dB_350k_steps.pth?download=1"
+AUDIO = set(".wav .flac .ogg .opus .mp3 .aif .aiff .caf .m4a .aac .mp4 .mov .mkv .webm .wma".split())   # in folders
 
-def separate_file(model, path, folder, bf16=False, progress=lambda done, total: None):
-    """Separate an audio file of any length and sample rate into folder/TARGET.wav -> list of paths, in constant memory.
+# ---- Models by path or by name ---------------------------------------------------------------------------------------
 
-    The stems have the file's rate, channels and length. A single target's complement is mixture - estimate, made at
-    the file's rate, so that the two sum to the file. Raises UserError for unreadable files and non-finite samples.
+def checkpoint_path(name):
+    """The file of a name in PUBLISHED, downloaded once into torch.hub's cache, or UserError; other names are paths."""
+    if name not in PUBLISHED:
+        return Path(name)
+    target, decibels, sha256 = PUBLISHED[name]
+    url = URL.format(target, decibels)
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1].removesuffix("?download=1"))
+    if not path.exists():
+        print(f"downloading {url} (461 MB) to {path}", file=sys.stderr)
+        socket.setdefaulttimeout(60)                                  # seconds without a single byte
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, hash_prefix=sha256, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise mss.UserError(f"{name}: not downloaded: {mss.one_line(error)}; try again, or put {url} "
+                                f"(sha256 {sha256}) at {path} by hand") from error
+    return path
+
+def list_models():
+    for name, (target, decibels, _) in PUBLISHED.items():
+        print(f"{name}: {target}, {mss.complement([target])}; {target} {decibels} dB SDR (museval, MUSDB18 test, by "
+              "the file's name); 461 MB; trained on MUSDB18, for non-commercial use (Zenodo 5513378)")
+
+class Together(nn.Module):
+    """Several models on the same windows: (B, C, L) -> (B, S1 + S2 + ..., C, L)."""
+    def __init__(self, models):
+        super().__init__()
+        targets = sum((tuple(model.config.targets) for model in models), ())
+        formats = {f"{model.config.sample_rate} Hz {model.config.channels} ch" for model in models}
+        if len(set(targets)) < len(targets) or len(formats) > 1:
+            raise mss.UserError(f"-m: different targets, one format expected, found {', '.join([*targets, *formats])}")
+        self.models, self.config = nn.ModuleList(models), dataclasses.replace(models[0].config, targets=targets)
+
+    def forward(self, mixture):
+        return torch.cat([model(mixture) for model in self.models], dim=1)
+
+def load_models(names, device):
+    """Checkpoints by path or name -> one model for all their targets, ready for inference."""
+    models = [mss.fold_batch_norms(mss.load_checkpoint(checkpoint_path(name), device)[1]) for name in names]
+    return Together(models) if len(models) > 1 else models[0]
+
+# ---- One song --------------------------------------------------------------------------------------------------------
+
+def estimate_blocks(model, mixture, rate, channels, **options):
+    """A stream of (C, n) blocks at `rate` -> a stream of (estimates (S, C, n), mixture (C, n)), n in all as before."""
+    (mixture, copy), config = itertools.tee(mixture), model.config
+    blocks = mss.resample_blocks((mss.to_channels(x, config.channels) for x in copy), rate, config.sample_rate)
+    blocks = mss.resample_blocks(mss.separate_blocks(model, blocks, **options), config.sample_rate, rate)
+    ahead = next(mixture)
+    for block in blocks:                                              # (S, C, n)
+        while ahead.shape[-1] < block.shape[-1] and (more := next(mixture, None)) is not None:
+            ahead = torch.cat([ahead, more], dim=-1)
+        n = min(block.shape[-1], ahead.shape[-1])                     # resampling twice may add a sample or two
+        yield mss.to_channels(block[..., :n], channels), ahead[..., :n]
+        ahead = ahead[..., n:]
+
+def write_stems(paths, stems, rate, channels, frames, subtype, clip_mode):
+    """Write a stream of [(C, n), ...], a block for each path -> (highest absolute sample, gain)."""
+    peak, gain = 0.0, 1.0
+    with contextlib.ExitStack() as stack:
+        if clip_mode == "rescale":                                    # as floats first: the last sample may be the peak
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".partial-", dir=paths[0].parent))
+            floats = [Path(folder, f"{i}.wav") for i in range(len(paths))]
+            peak, _ = write_stems(floats, stems, rate, channels, frames, "FLOAT", "none")
+            gain = 1 / max(peak, 1.0)
+            files = [stack.enter_context(mss.open_audio(path)) for path in floats]
+            stems = ([gain * block for block in blocks] for blocks in zip(*map(mss.read_blocks, files)))
+        writers = [stack.enter_context(mss.write_blocks(path, rate, channels, frames, subtype)) for path in paths]
+        for blocks in stems:
+            for write, block in zip(writers, blocks):
+                peak = max([peak, *block.abs().amax(dim=-1).tolist()]) if block.numel() else peak
+                write(block.clamp(-1, 1) if clip_mode == "clamp" else block)
+    return peak, gain
+
+def rests(targets, two_stems=None):
+    """{name: number of the target} of what is left of the mixture without a target; None: if there is just one."""
+    names = {mss.complement([target]) or f"no_{target}": i for i, target in enumerate(targets)}
+    wanted = len(targets) == 1 if two_stems is None else two_stems
+    return {name: i for name, i in names.items() if wanted and name not in targets}
+
+def separate_file(model, path, folder, ext="wav", subtype=None, clip_mode="none", two_stems=None, start=0.0,
+                  duration=math.inf, progress=lambda share: None, **options):
+    """Separate a file of any length and rate into folder/TARGET.ext in constant memory -> (paths, seconds, peak, gain).
+
+    Stems have its rate, channels and length; what is left without a target is mixture - estimate, made at the file's
+    rate, so that they sum to the file. `options` are those of mss.separate_blocks. UserError for a bad file.
     """
-    config = model.config
-    complement = mss.complement(config.targets)
-    paths = [Path(folder, f"{name}.wav") for name in list(config.targets) + [complement] * bool(complement)]
-    for output in paths:
-        if output.resolve() == Path(path).resolve():
-            raise mss.UserError(f"{path}: its stems would be written over it; choose another --out")
-    with mss.open_audio(path) as file, soundfile.SoundFile(file.name) as again, contextlib.ExitStack() as stack:
-        rate, channels, total = file.samplerate, file.channels, file.frames
-        blocks = (mss.to_channels(block, config.channels) for block in mss.read_blocks(file))
-        blocks = mss.resample_blocks(blocks, rate, config.sample_rate)
-        stems = mss.resample_blocks(mss.separate_blocks(model, blocks, bf16=bf16), config.sample_rate, rate)
-        writers = [stack.enter_context(mss.write_blocks(output, rate, channels, total)) for output in paths]
-        for block in stems:                                           # (S, C, n)
-            mixture = mss.read_samples(again, min(block.shape[-1], total - again.tell()))
-            block = block[..., :mixture.shape[-1]]                    # resampling twice may add a sample or two
-            estimates = list(mss.to_channels(block, channels))
-            for write, audio in zip(writers, estimates + [mixture - sum(estimates)] * bool(complement)):
-                write(audio)
-            progress(again.tell(), total)
-    return paths
+    rest = rests(model.config.targets, two_stems)
+    paths = [Path(folder, f"{name}.{ext}") for name in (*model.config.targets, *rest)]
+    with mss.open_audio(path) as file:
+        rate, first, done = file.samplerate, round(start * file.samplerate), 0
+        frames = math.ceil(min(max(file.frames - first, 0), duration * rate))
+        if not frames and (first or ext in ("flac", "mp3")):          # which can't hold no samples
+            raise mss.UserError(f"{path}: more than {start:g} s expected (--start), found {file.frames / rate:g} s")
 
+        def stems():
+            nonlocal done
+            blocks = mss.read_blocks(file, first, frames)
+            for estimates, mixture in estimate_blocks(model, blocks, rate, file.channels, **options):
+                done += mixture.shape[-1]
+                progress(done / max(frames, 1))
+                yield [*estimates, *(mixture - estimates[i] for i in rest.values())]
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        try:
+            peak, gain = write_stems(paths, stems(), rate, file.channels, frames, subtype, clip_mode)
+        finally:
+            with contextlib.suppress(OSError):
+                paths[0].parent.rmdir()                               # only if nothing was written
+    if done < frames:
+        print(f"notice: {path}: truncated? {frames / rate:.1f} s expected, found {done / rate:.1f} s", file=sys.stderr)
+    return paths, done / rate, peak, gain
 
-def progress_line(start):
-    """A function that rewrites one line on a terminal: share done and time left."""
-    def show(done, total):
-        if sys.stderr.isatty() and 0 < done:
-            left = (time.time() - start) * (total - done) / done
-            print(f"\r{100 * done / total:3.0f} %, {left:.0f} s left \033[K", end="\r", file=sys.stderr, flush=True)
-    return show
+def audio_files(folder, out):
+    """The audio files at any depth of a folder, but for hidden ones and stems in an `out` that lies in the folder."""
+    stems = out.resolve() if folder.resolve() in out.resolve().parents else None
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO and path.is_file()
+                  and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
+                  and stems not in path.resolve().parents)
 
+def find_songs(inputs, out):
+    """Files, and folders searched through -> [(audio file, folder for its stems)], each file once, no folder twice."""
+    found = {}                                                        # by the file, resolved
+    for given in inputs:
+        for path in audio_files(given, out) or [given]:               # an empty folder will be one of the failures
+            folder = out / path.relative_to(given).parent / (path.stem.rstrip(". ") or path.name)
+            found.setdefault(path.resolve(), (path, folder))
+    names, songs = collections.Counter(str(folder).casefold() for _, folder in found.values()), {}
+    for path, folder in found.values():
+        if names[str(folder).casefold()] > 1:                         # song.mp3 and song.wav
+            folder = folder.with_name(path.name)
+        while str(folder).casefold() in songs:                        # song.mp3 of two folders
+            folder = folder.with_name(folder.name + "+")
+        songs[str(folder).casefold()] = path, folder
+    return list(songs.values())
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+def measure(windows, names, device, seconds):
+    """Separate noise in this process, which is new, so that the peak is this run's; print a row of the table."""
+    mss.keep_memory()
+    device, dtype = mss.pick_device(device), torch.bfloat16 if windows["bf16"] else torch.float32
+    model = load_models(names, device)
+    mixture = 0.1 * torch.randn(model.config.channels, round(seconds * model.config.sample_rate))
+    ceiling = mss.convolution_rate(device, dtype)
+    for noise in (mixture[:, :windows["segment"]], mixture):          # the first one warms up
+        start = time.perf_counter()
+        with FlopCounterMode(display=False) as counter:
+            for _ in mss.separate_blocks(model, [noise], **windows):
+                pass
+        wall = time.perf_counter() - start
+    rate, ceiling = counter.get_total_flops() / wall, max(ceiling, mss.convolution_rate(device, dtype))
+    print(f"{str(dtype)[6:]:9} {wall:6.1f} {wall / seconds:17.3f} {rate / 1e9:8.0f} "
+          f"{ceiling / 1e9:13.0f} {rate / ceiling:5.0%} {mss.peak_memory(device):9.2f}", flush=True)
+
+def benchmark(args):
+    print(f"{args.benchmark:g} s of noise, {' '.join(args.model)}, {mss.pick_device(args.device)}, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
+          "          wall s  real-time factor  GFLOP/s  of a 3x3 convolution's  peak GiB", flush=True)
+    for bf16 in (False, True):
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(measure, {**args.windows, "bf16": bf16}, args.model, args.device, args.benchmark).result()
+
+def parse(argv):
+    parser = mss.parser(__doc__)
+    add = parser.add_argument
+    add("inputs", nargs="*", type=Path, metavar="FILE", help="audio files, and folders to search")
+    add("-m", "--model", nargs="+", action="extend", default=[], help="paper, paper-accompaniment or a checkpoint file "
+        "(.pt, .pth); of several: the stems of all")
+    add("--list-models", action="store_true", help="print the models that have names")
+    add("-o", "--out", default="separated", type=Path, help="output folder (default: %(default)s)")
+    add("--ext", choices=("wav", "flac", "mp3", "ogg"), default="wav", help="default: wav, in float32")
+    for bits in (24, 16):
+        add(f"--int{bits}", dest="subtype", action="store_const", const=f"PCM_{bits}", help=f"{bits}-bit wav or flac")
+    add("--clip-mode", choices=("none", "clamp", "rescale"), default="none", help="samples above full scale: leave "
+        "them, limit them, or one gain for all stems of the song (default: %(default)s)")
+    add("--two-stems", action=argparse.BooleanOptionalAction, help="also write the song without the target, or not")
+    add("--start", type=float, default=0.0, metavar="S", help="seconds to skip at the beginning (default: %(default)s)")
+    add("--duration", type=float, default=math.inf, metavar="S", help="seconds to separate (default: all)")
+    add("--segment", type=float, default=mss.SEGMENT / 44100, metavar="S", help="seconds at a time (%(default)s)")
+    add("--overlap", type=float, default=mss.OVERLAP / 44100, metavar="S", help="seconds that two share (%(default)s)")
+    add("--batch-size", type=int, default=1, metavar="N", help="segments at once (default: %(default)s)")
+    add("--benchmark", type=float, default=0, metavar="SECONDS", help="time noise of that length, in float32 and bf16")
+    args = parser.parse_args(argv)
+    models = [word for i, word in enumerate(args.model)               # of `-m MODEL song.wav` -m takes the song, too
+              if i == 0 or word in PUBLISHED or Path(word).suffix in (".pt", ".pth")]
+    args.model, args.inputs = models, args.inputs + [Path(word) for word in args.model if word not in models]
+    for wrong, message in (
+            (not (models or args.list_models), f"-m MODEL expected: a checkpoint file, {' or '.join(PUBLISHED)}"),
+            (not (args.inputs or args.list_models or args.benchmark), "FILE expected: audio files or folders of them"),
+            (args.subtype and args.ext not in ("wav", "flac"), f"--ext {args.ext}: has no --int16 or --int24"),
+            (not 0 <= 1.5 * args.overlap < args.segment < math.inf, "a --segment of over 1.5 times --overlap expected"),
+            (not 0 <= args.start < math.inf or not args.duration > 0, "--start from 0, --duration above 0 expected"),
+            (args.batch_size < 1, "--batch-size from 1 expected"),
+            (args.benchmark and not 1 <= args.benchmark < 1e6, "--benchmark from 1 s expected")):
+        if wrong:
+            parser.error(message)
+    args.windows = dict(segment=round(args.segment * 44100), overlap=round(args.overlap * 44100),
+                        batch_size=args.batch_size, bf16=args.bf16)
+    return args
+
+def separate_song(args, model, path, folder, title):
+    """Separate one song as the command line says and report it -> whether that went well."""
+    started, device = time.time(), next(model.parameters()).device
+
+    def progress(share):
+        if sys.stderr.isatty() and share:
+            left = (time.time() - started) * (1 - share) / share
+            print(f"{title}{path.name}: {share:4.0%}, {left:.0f} s left" * (share < 1), end="\033[K\r", file=sys.stderr,
+                  flush=True)
+    try:
+        paths, length, peak, gain = separate_file(
+            model, path, folder, args.ext, args.subtype, args.clip_mode, args.two_stems, args.start, args.duration,
+            progress, **args.windows)
+    except (mss.UserError, OSError, UnicodeError) as error:
+        if args.debug:
+            raise
+        print(f"separate.py: error: {'' if str(path) in str(error) else f'{path}: '}{error}", file=sys.stderr)
+        return False
+    if gain < 1:
+        print(f"{path}: all stems x {gain:.4f} ({20 * math.log10(gain):.2f} dB): the highest peak was {peak:.3f}")
+    elif peak > 1 and (args.clip_mode == "clamp" or args.ext != "wav" or args.subtype):
+        print(f"notice: {path}: its peak, {peak:.3f}, clips above 1; --clip-mode rescale avoids it", file=sys.stderr)
+    factor = f"{(time.time() - started) / length:.3f}" if length else "n/a"
+    print(*paths, f"{title}{path}: {length:.1f} s, {'+'.join(args.model)} on {device}, real-time factor {factor}, "
+          f"{mss.peak_memory(device):.2f} GiB at the peak", sep="\n", flush=True)
+    return True
 
 def main(argv=None):
-    parser = mss.parser(__doc__)
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="audio files")
-    parser.add_argument("-m", "--model", required=True, help="checkpoint file")
-    parser.add_argument("-o", "--out", default="separated", type=Path, help="output folder (default: %(default)s)")
-    args = parser.parse_args(argv)
-    device = mss.pick_device(args.device)
-    config, model, _ = mss.load_checkpoint(args.model, device)
-    folders = [args.out / path.stem for path in args.inputs]
-    same = [str(path) for path, folder in zip(args.inputs, folders) if folders.count(folder) > 1]
-    if same:
-        raise mss.UserError(f"inputs of different names expected, found {', '.join(same)}; give each its own --out")
+    args = parse(argv)
+    if args.list_models or args.benchmark:
+        return (list_models() if args.list_models else benchmark(args)) or 0
+    store, rank = None, 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:                           # torchrun: its processes share this store
+        store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    songs = find_songs(args.inputs, args.out)
+    while rank and not store.check(["downloaded"]):                   # by process 0; store.wait would hold up signals
+        time.sleep(0.2)
+    model = load_models(args.model, mss.pick_device(args.device))
+    if store:
+        store.set("downloaded", "")
+    stems = (*model.config.targets, *rests(model.config.targets, args.two_stems))
+    outputs = {Path(folder, f"{stem}.{args.ext}").resolve() for _, folder in songs for stem in stems}
+    if over := [str(path) for path, _ in songs if path.resolve() in outputs]:
+        raise mss.UserError(f"{', '.join(over)}: stems would be written over it; choose another --out")
 
-    failed = 0
-    for path, folder in zip(args.inputs, folders):
-        start = time.time()
-        try:
-            paths = separate_file(model, path, folder, args.bf16, progress_line(start))
-        except (mss.UserError, OSError) as error:
-            if args.debug:
-                raise
-            print(f"separate.py: error: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        with mss.open_audio(paths[0]) as file:
-            seconds = file.frames / file.samplerate
-        factor = f"{(time.time() - start) / seconds:.2f}" if seconds else "n/a"
-        print(*paths, sep="\n")
-        print(f"{path}: {seconds:.1f} s of audio, {config.model} on {device}, real-time factor {factor}")
-    return 0 if not failed else 2 if failed == len(folders) else 1
-
+    good, next_song = {}, itertools.count()                           # {number of a song: whether it went well}
+    while (i := store.add("turn", 1) - 1 if store else next(next_song)) < len(songs):     # the next that nobody took
+        good[i] = separate_song(args, model, *songs[i], f"[{i + 1}/{len(songs)}] " if len(songs) > 1 else "")
+        if store:
+            store.set(f"song {i}", str(good[i]))
+    if rank:
+        return 0
+    if store:                                                         # process 0 waits for the others, speaks for all
+        while not store.check([f"song {i}" for i in range(len(songs))]):
+            time.sleep(0.2)
+        good = {i: store.get(f"song {i}") == b"True" for i in range(len(songs))}
+    failed = [str(songs[i][0]) for i in good if not good[i]]
+    if failed and len(songs) > 1:
+        print(f"separate.py: {len(failed)} of {len(songs)} songs failed: {', '.join(failed)}", file=sys.stderr)
+    return 0 if not failed else 2 if len(failed) == len(songs) else 1
 
 if __name__ == "__main__":
     mss.run(main)

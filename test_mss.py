@@ -5,6 +5,8 @@ Real data and the published network's fixture are used where the environment var
 import ast
 import contextlib
 import csv
+import hashlib
+import http.server
 import io
 import json
 import os
@@ -15,6 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,7 +39,6 @@ TABLE_3 = ("UNetPhase", "UNet", "UNetDecouple", "UNetDecouple+", "ResUNet", "Res
 SMALL = dict(window=256, hop=64, width=2)       # the same code on 129 bins: milliseconds
 needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="the program ffmpeg is not on PATH")
 
-
 def data(name):
     """A folder of real data, or skip."""
     root = os.environ.get("MSS_TEST_DATA")
@@ -44,16 +46,13 @@ def data(name):
         pytest.skip(f"MSS_TEST_DATA holds no {name}")
     return Path(root, name)
 
-
 def small(name="UNetDecouple+", **changes):
     torch.manual_seed(0)
     config = mss.Config(model=name, **{**SMALL, **changes})
     return config, mss.MODELS[name](config)
 
-
 def noise(*shape, seed=0, scale=0.1):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 @pytest.fixture(scope="session")
 def songs(tmp_path_factory):
@@ -61,13 +60,11 @@ def songs(tmp_path_factory):
     return train.synthetic_musdb(tmp_path_factory.mktemp("data") / "songs",
                                  songs=(("train", 3), ("valid", 1), ("test", 1)), seconds=3)
 
-
 @pytest.fixture
 def checkpoint(tmp_path):
     config, model = small()
     mss.save_checkpoint(tmp_path / "small.pt", config, model, step=7)
     return tmp_path / "small.pt"
-
 
 def call(main, *argv):
     """Run a script's main as its command line would -> (exit code, stdout, stderr)."""
@@ -79,14 +76,12 @@ def call(main, *argv):
         signal.signal(number, handler)
     return stop.value.code, out.getvalue(), err.getvalue()
 
-
 def fails(main, *argv, saying):
     """The call must exit with code 2 and one line on stderr that holds every word of `saying`."""
     code, out, err = call(main, *argv)
     lines = [line for line in err.splitlines() if not line.startswith("notice: ")]
     assert code == 2 and len(lines) == 1, (code, err)
     assert all(word in err for word in saying), err
-
 
 # ---- The network -----------------------------------------------------------------------------------------------------
 
@@ -104,7 +99,6 @@ def test_table_3_is_the_papers():
         assert sum(head.out_channels for head in model.heads.values()) == maps[name]
         assert name not in parameters or sum(p.numel() for p in model.parameters()) == parameters[name]
 
-
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """A file with the published weights' keys and shapes, and made-up values."""
@@ -114,16 +108,30 @@ def published(tmp_path_factory):
     yield path
     path.unlink()
 
-
 def test_published_network(published):
     config, model, state = mss.load_checkpoint(published)
     assert config.targets == ("accompaniment",) and state["step"] == 350_000
     fixture = np.load(data("published_resunet143") / "fixture.npz")
-    with torch.inference_mode():
-        y = model(torch.from_numpy(fixture["x"]))[:, 0].numpy()
     assert np.abs(fixture["y"]).max() > 0.1
-    assert np.abs(y - fixture["y"]).max() < 2e-6
+    for network in (model, mss.fold_batch_norms(model)):
+        with torch.inference_mode():
+            y = network(torch.from_numpy(fixture["x"]))[:, 0].numpy()
+        assert np.abs(y - fixture["y"]).max() < 2e-6
 
+@pytest.mark.parametrize("name", TABLE_3)
+def test_folded_batch_norms_change_nothing(name):
+    config, model = small(name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):                        # as if trained
+            for values in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                values.uniform_(0.5, 1.5)
+    x = noise(2, 2, 3000)
+    with torch.inference_mode():
+        plain = model.eval()(x)
+        folded = mss.fold_batch_norms(model)(x)
+    assert plain.abs().max() > 0.01 and torch.allclose(plain, folded, rtol=0, atol=1e-5)
+    left = [path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(left) == (1 + 17 * 4 + 6 if "Res" in name else 1) and not any(path.endswith("bn2") for path in left)
 
 @pytest.mark.parametrize("name", TABLE_3)
 def test_every_row(name, tmp_path):
@@ -143,7 +151,6 @@ def test_every_row(name, tmp_path):
     ours, theirs = model.state_dict(), read.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
-
 def test_only_the_backbone_runs_in_bf16():
     config, model = small("ResUNetDecouple+")
     seen = {}
@@ -156,12 +163,10 @@ def test_only_the_backbone_runs_in_bf16():
     with torch.inference_mode():
         assert mss.sdr(model(noise(1, 2, 3000)), y) > 20
 
-
 # ---- Spectrograms and heads, against angles computed by numpy --------------------------------------------------------
 
 def spectrogram(seed, *shape):
     return torch.complex(noise(*shape, seed=seed, scale=1), noise(*shape, seed=seed + 1, scale=1))
-
 
 def test_stft_is_the_textbooks_and_istft_inverts_it():
     x = noise(2, 44101, scale=1)
@@ -175,7 +180,6 @@ def test_stft_is_the_textbooks_and_istft_inverts_it():
         x = noise(1, 2, length)
         y = mss.istft(mss.stft(x), length)
         assert y.shape == x.shape and torch.allclose(x, y, rtol=0, atol=1e-6)
-
 
 def test_rules_against_angles():
     X = spectrogram(0, 1, 1, 2, 30, 40)
@@ -195,7 +199,6 @@ def test_rules_against_angles():
             (mss.decouple_plus(X, mask, q, p_r, p_i), magnitude * turn)):
         np.testing.assert_allclose(ours.numpy(), expected, atol=2e-5)
 
-
 def test_ideal_heads_recover_the_source():
     X, S = spectrogram(0, 1, 1, 2, 30, 40), spectrogram(3, 1, 1, 2, 30, 40)
     M = S / X
@@ -203,14 +206,12 @@ def test_ideal_heads_recover_the_source():
     q = S.abs() - torch.sigmoid(mask) * X.abs()
     torch.testing.assert_close(mss.decouple_plus(X, mask, q, M.real, M.imag), S, atol=1e-5, rtol=0)
 
-
 def test_only_decouple_plus_exceeds_the_mixture():
     X = spectrogram(0, 1, 1, 2, 30, 40)
     heads = [noise(*X.shape, seed=k, scale=30) for k in range(5, 9)]
     for rule, names in ((mss.magnitude_mask, 1), (mss.complex_mask, 2), (mss.decouple, 3)):
         assert (rule(X, *heads[:names]).abs() <= X.abs() * (1 + 1e-5)).all()
     assert (mss.decouple_plus(X, *heads).abs() > 2 * X.abs()).any()
-
 
 # ---- Audio files and resampling --------------------------------------------------------------------------------------
 
@@ -221,7 +222,6 @@ def test_resample_lengths_and_streaming():
     x = noise(2, 300_000)
     blocks = torch.cat(list(mss.resample_blocks(x.split(7777, dim=-1), 48000, 44100)), dim=-1)
     assert torch.equal(blocks, mss.resample(x, 48000, 44100))
-
 
 @pytest.mark.parametrize("rate_in, rate_out", [(48000, 44100), (44100, 48000)])
 def test_resample_rejects_100_dB(rate_in, rate_out):
@@ -241,7 +241,6 @@ def test_resample_rejects_100_dB(rate_in, rate_out):
     wanted = np.sin(2 * np.pi * 9000 * np.arange(len(tone)) / rate_out)
     assert mss.sdr(wanted[5000:-5000], tone[5000:-5000]) > 100        # and no delay
 
-
 def test_audio_files(tmp_path):
     audio = noise(2, 1000)
     for name, tolerance in (("a b (1) ü.wav", 0), ("x.flac", 2e-5)):
@@ -257,7 +256,6 @@ def test_audio_files(tmp_path):
         mss.write_audio(tmp_path / "nan.wav", audio / 0 * 0, RATE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a b (1) ü.wav", "empty.wav", "x.flac"]
 
-
 @needs_ffmpeg
 def test_ffmpeg_reads_the_rest(tmp_path):
     mss.write_audio(tmp_path / "tone.wav", noise(2, RATE), RATE)
@@ -267,7 +265,6 @@ def test_ffmpeg_reads_the_rest(tmp_path):
     (tmp_path / "broken.m4a").write_bytes(b"nothing")
     with pytest.raises(mss.UserError, match="neither by soundfile nor by ffmpeg"):
         mss.read_audio(tmp_path / "broken.m4a")
-
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
@@ -291,7 +288,6 @@ def test_musdb_tracks(songs, tmp_path, monkeypatch):
     assert track.name == mss.VALID[0] and len(mss.VALID) == len(set(mss.VALID)) == 14
     assert (track.load("mixture") - sum(track.load(name) for name in mss.SOURCES)).abs().max() < 1e-6
 
-
 def test_wrong_roots_are_named(songs, tmp_path, capsys):
     assert len(mss.musdb_tracks(songs / "train", "train")) == 3 and "notice: " in capsys.readouterr().err
     (tmp_path / "empty" / "train").mkdir(parents=True)
@@ -302,7 +298,6 @@ def test_wrong_roots_are_named(songs, tmp_path, capsys):
         with pytest.raises(mss.UserError) as error:
             mss.musdb_tracks(root, subset)
         assert all(word in str(error.value) for word in words), error.value
-
 
 @pytest.mark.parametrize("harm, words", [
     ("missing", ("drums.wav expected", "bass.flac")), ("length", ("one length", "drums.flac 500 samples")),
@@ -322,7 +317,6 @@ def test_bad_songs_are_named(songs, tmp_path, harm, words):
     fails(train.main, "--musdb", tmp_path / "root", "--out", tmp_path / "out", saying=("Bad - Song",) + words)
     assert not (tmp_path / "out").exists()
 
-
 @needs_ffmpeg
 def test_stem_mp4(tmp_path):
     root = tmp_path / "musdb"
@@ -336,11 +330,10 @@ def test_stem_mp4(tmp_path):
 
     np.random.seed(0)                                                 # museval's own expectation, its own estimates
     estimates = [np.random.random((track.frames, 2)).T for _ in range(2)]
-    frames = mss.framewise_sdr(np.stack([track.load("vocals"), track.load("accompaniment")]), estimates, RATE)
+    frames = evaluate.framewise_sdr(np.stack([track.load("vocals"), track.load("accompaniment")]), estimates, RATE)
     expected = json.loads((data("musdb_samples") / "Music Delta - 80s Rock.expected.json").read_text())
     theirs = {target["name"]: [frame["metrics"]["SDR"] for frame in target["frames"]] for target in expected["targets"]}
     np.testing.assert_allclose(frames, [theirs["vocals"], theirs["accompaniment"]], atol=1e-5)
-
 
 def test_stem_mp4_without_ffmpeg(tmp_path, monkeypatch):
     (tmp_path / "root" / "test").mkdir(parents=True)
@@ -349,7 +342,6 @@ def test_stem_mp4_without_ffmpeg(tmp_path, monkeypatch):
     with pytest.raises(mss.UserError, match="A - B.stem.mp4.*ffmpeg"):
         mss.musdb_tracks(tmp_path / "root", "test")
     assert not (tmp_path / "root-wav" / "test" / "A - B").exists()
-
 
 def test_segments_are_a_pure_function_of_seed_and_index(songs):
     tracks = mss.musdb_tracks(songs, "train")
@@ -365,7 +357,6 @@ def test_segments_are_a_pure_function_of_seed_and_index(songs):
     with pytest.raises(mss.UserError, match="22050 Hz expected, found 44100 Hz"):
         mss.Segments(tracks, mss.Config(sample_rate=22050))
 
-
 class Constant:
     """A track whose every source is one number per (track, source), so that sums tell what was drawn."""
     name, frames, sample_rate, channels = "constant", 20, 44100, 2
@@ -377,9 +368,7 @@ class Constant:
         self.drawn.append((source, start))
         return torch.full((2, min(frames, self.frames - start)), float(self.value))
 
-
 PAIR, FOUR = {"vocals": 2, "accompaniment": 2}, {"vocals": 2, "bass": 1, "drums": 2, "other": 2}
-
 
 @pytest.mark.parametrize("target, per_source",
                          [("vocals", PAIR), ("accompaniment", PAIR), ("bass", FOUR), ("other", FOUR)])
@@ -398,12 +387,10 @@ def test_random_remix_and_mix_audio(target, per_source):
     both = sum(abs(len(track.drawn) / sum(len(t.drawn) for t in tracks) - 0.5) < 0.05 for track in tracks)
     assert both == 2                                                  # both songs, about equally
 
-
 def test_songs_shorter_than_a_segment_are_padded():
     segments = mss.Segments([Constant(1)], mss.Config(), seconds=30 / RATE, mix_audio=1)
     mixture, targets = segments[0]
     assert mixture.shape == (2, 30) and (mixture[:, :20] == 2).all() and not mixture[:, 20:].any()
-
 
 # ---- Whole tracks ----------------------------------------------------------------------------------------------------
 
@@ -412,7 +399,6 @@ class Identity(nn.Module):
 
     def forward(self, x):
         return x[:, None]
-
 
 class Alternating(nn.Module):
     """Another answer for every block: shows where blocks are joined and with which weights."""
@@ -424,8 +410,7 @@ class Alternating(nn.Module):
         self.calls += 1
         return torch.full_like(x[:, None], self.calls % 2)
 
-
-@pytest.mark.parametrize("segment, overlap", [(4000, 800), (4001, 801), (400, 1), (400, 0), (400, 200)])
+@pytest.mark.parametrize("segment, overlap", [(4000, 800), (4001, 801), (400, 1), (400, 0), (400, 266)])
 def test_identity_through_separate_track(segment, overlap):
     for length in (0, 1, segment - 1, segment, segment + 1, 2 * segment - overlap, 2 * segment - overlap + 1,
                    int(3.7 * segment)):
@@ -435,12 +420,10 @@ def test_identity_through_separate_track(segment, overlap):
         streamed = mss.separate_blocks(Identity(), iter(x.split(333, dim=-1)), segment, overlap)
         assert torch.equal(torch.cat(list(streamed), dim=-1), y)
 
-
 def test_cross_fade_has_real_context_on_both_sides():
     y = mss.separate_track(Alternating(), torch.zeros(2, 1800), segment=1000, overlap=200)[0, 0]
     assert (y[:850] == 1).all() and (y[950:] == 0).all()              # of 800..1000, shared, the outer 50s are context
     assert torch.allclose(y[850:950], 1 - (torch.arange(100) + 0.5) / 100)
-
 
 def test_whole_track_equals_one_block_within_its_context():
     config, model = small()
@@ -450,12 +433,41 @@ def test_whole_track_equals_one_block_within_its_context():
     assert whole.shape == blocks.shape == (1, 2, 6000)
     assert mss.sdr(whole, blocks) > 15                                # the network's field of view exceeds the overlap
 
+def test_segments_much_longer_than_overlaps_are_asked_for():
+    with pytest.raises(mss.UserError, match="1.5 overlaps"):
+        mss.separate_track(Identity(), noise(2, 2000), segment=400, overlap=268)
+
+def test_windows_at_once_change_nothing():
+    config, model = small("ResUNetDecouple+")
+    x = noise(2, 20_000)
+    alone, together = (mss.separate_track(model.eval(), x, 3000, 400, batch_size) for batch_size in (1, 3))
+    assert torch.allclose(alone, together, rtol=0, atol=1e-6)
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+def test_out_of_memory_is_survived(error, capsys):
+    class Large(Identity):
+        def forward(self, x):
+            if x.shape[0] * x.shape[-1] > limit:
+                raise error
+            return super().forward(x)
+    x, limit = noise(2, 20_000), 1100
+    y = mss.separate_track(Large(), x, segment=4000, overlap=400, batch_size=4)
+    assert torch.allclose(y[0], x, rtol=0, atol=1e-6)
+    said = [line.split("on with ")[1].split(" samples")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["2 x 4000", "1 x 4000", "1 x 2200", "1 x 1300", "1 x 850"]
+    limit = 300
+    with pytest.raises(mss.UserError, match="--overlap"):
+        mss.separate_track(Large(), x, segment=4000, overlap=400)
+    with pytest.raises(RuntimeError, match="another"):
+        error = RuntimeError("another")
+        mss.separate_track(Large(), x)
 
 # ---- SDR -------------------------------------------------------------------------------------------------------------
 
 def test_sdr_is_the_formula():
     s, y = noise(2, 2, 5 * RATE // 2).numpy(), noise(2, 2, 5 * RATE // 2, seed=1).numpy()
-    frames = mss.framewise_sdr(s, y, RATE)
+    frames = evaluate.framewise_sdr(s, y, RATE)
     assert frames.shape == (2, 2)                                     # the last half second is dropped
     for j in range(2):
         for t in range(2):
@@ -463,12 +475,12 @@ def test_sdr_is_the_formula():
             assert abs(frames[j, t] - 10 * np.log10((a ** 2).sum() / ((b - a) ** 2).sum())) < 1e-9
     a, b = s.astype("float64"), y.astype("float64")
     assert abs(mss.sdr(s, y) - 10 * np.log10((a ** 2).sum() / ((b - a) ** 2).sum())) < 1e-9
-    assert abs(mss.usdr(s * 0, y * 0)) == 0 and mss.sdr(s, s) == np.inf
-    assert abs(mss.usdr(s, y) - 10 * np.log10(((a ** 2).sum() + 1e-7) / (((b - a) ** 2).sum() + 1e-7))) < 1e-9
+    assert abs(evaluate.usdr(s * 0, y * 0)) == 0 and mss.sdr(s, s) == np.inf
+    assert abs(evaluate.usdr(s, y) - 10 * np.log10(((a ** 2).sum() + 1e-7) / (((b - a) ** 2).sum() + 1e-7))) < 1e-9
     padded = np.pad(y[..., :RATE], [(0, 0), (0, 0), (0, s.shape[-1] - RATE)])
-    np.testing.assert_array_equal(mss.framewise_sdr(s, y[..., :RATE], RATE), mss.framewise_sdr(s, padded, RATE))
-    assert mss.framewise_sdr(s[..., :700], y[..., :700], RATE).shape == (2, 1)
-
+    cut, whole = (evaluate.framewise_sdr(s, estimate, RATE) for estimate in (y[..., :RATE], padded))
+    np.testing.assert_array_equal(cut, whole)
+    assert evaluate.framewise_sdr(s[..., :700], y[..., :700], RATE).shape == (2, 1)
 
 @pytest.mark.parametrize("side", ["reference", "estimate", "opposite channels"])
 def test_a_silent_source_silences_the_frame_for_all(side):
@@ -477,9 +489,8 @@ def test_a_silent_source_silences_the_frame_for_all(side):
         s[0, 1, RATE:2 * RATE] = -s[0, 0, RATE:2 * RATE]              # museval looks at the sum of the channels
     else:
         (s if side == "reference" else y)[1, :, RATE:2 * RATE] = 0
-    frames = mss.framewise_sdr(s, y, RATE)
+    frames = evaluate.framewise_sdr(s, y, RATE)
     assert np.isnan(frames[:, 1]).all() and np.isfinite(frames[:, [0, 2, 3]]).all()
-
 
 @pytest.mark.parametrize("number", ["01", "03", "05", "07", "08", "09"])
 def test_sdr_against_mir_evals_expectations(number):
@@ -492,7 +503,6 @@ def test_sdr_against_mir_evals_expectations(number):
     ours = [mss.sdr(*pair) for pair in zip(s, y)]
     np.testing.assert_allclose(ours, images["Source to Distortion"], rtol=0, atol=1e-9)
 
-
 @pytest.mark.parametrize("number", ["02", "05", "07"])
 def test_sdr_against_museval_itself(number):
     museval = pytest.importorskip("museval", reason="museval is not installed; nothing here needs it")
@@ -502,10 +512,9 @@ def test_sdr_against_museval_itself(number):
     rate = 2000
     s[0, rate:2 * rate] = 0
     theirs = museval.metrics.bss_eval(s, y, window=rate, hop=rate)[0]
-    ours = mss.framewise_sdr(s.transpose(0, 2, 1), y.transpose(0, 2, 1), rate)
+    ours = evaluate.framewise_sdr(s.transpose(0, 2, 1), y.transpose(0, 2, 1), rate)
     assert np.isnan(ours[:, 1]).all()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
-
 
 def test_groups_are_musevals():
     stems = {name: noise(2, 3 * RATE, seed=k) for k, name in enumerate(mss.SOURCES)}
@@ -519,7 +528,6 @@ def test_groups_are_musevals():
     assert list(alone) == ["drums"] and np.isfinite(alone["drums"][0]).all()
     silent = evaluate.score({"bass": torch.zeros(2, RATE)}, {"bass": noise(2, RATE)}, RATE)["bass"]
     assert np.isnan(silent[1]) and np.isnan(evaluate.median(silent[0]))
-
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -539,7 +547,6 @@ def test_bad_checkpoints_are_named(checkpoint, tmp_path):
         assert not (tmp_path / name).exists()
     fails(separate.main, song, "-m", tmp_path / "absent.pt", saying=("absent.pt", "found no file"))
 
-
 def test_a_full_disk_keeps_the_old_checkpoint(checkpoint, tmp_path):
     before = checkpoint.read_bytes()
     config, model = small(width=4)
@@ -554,7 +561,6 @@ def test_a_full_disk_keeps_the_old_checkpoint(checkpoint, tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert checkpoint.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["small.pt"]
 
-
 # ---- train.py --------------------------------------------------------------------------------------------------------
 
 def flags(songs, out, **changes):
@@ -563,14 +569,11 @@ def flags(songs, out, **changes):
     return [str(word) for name, value in {**values, **changes}.items() if value is not None
             for word in ("--" + name.replace("_", "-"), value)]
 
-
 def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
-
 def equal(a, b):
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
-
 
 @pytest.fixture(scope="session")
 def trained(songs, tmp_path_factory):
@@ -580,7 +583,6 @@ def trained(songs, tmp_path_factory):
     assert code == 0 and "step 8/8" in stdout and "ms/step" in stdout and "data wait" in stdout
     return out
 
-
 def test_resumed_equals_uninterrupted(songs, trained, tmp_path):
     out = tmp_path / "run"
     assert call(train.main, *flags(songs, out, steps=4))[0] == 0
@@ -589,7 +591,6 @@ def test_resumed_equals_uninterrupted(songs, trained, tmp_path):
     assert equal(weights(out / "last.pt"), weights(trained / "last.pt"))
     code, stdout, _ = call(train.main, *flags(songs, out))
     assert code == 0 and "done at step 8" in stdout                   # nothing left to do
-
 
 def test_checkpoint_log_and_true_best(songs, trained):
     last = torch.load(trained / "last.pt", weights_only=True)
@@ -605,7 +606,6 @@ def test_checkpoint_log_and_true_best(songs, trained):
     row = next(row for row in evaluate.evaluate_track(model, track)[0] if row["target"] == "vocals")
     assert row["sdr"] == pytest.approx(state["valid_sdr"], abs=1e-4)
 
-
 def test_learning_rate_is_the_papers():
     assert train.learning_rate(1, 1e-3, 1000) == pytest.approx(1e-6)
     assert train.learning_rate(500, 1e-3, 1000) == pytest.approx(5e-4)
@@ -614,7 +614,6 @@ def test_learning_rate_is_the_papers():
     args = train.parse(["--source", "drums", "--musdb", "x"])
     assert (args.lr, args.batch_size, args.segment, args.steps, args.warmup) == (2e-4, 16, 3.0, 300_000, 1000)
     assert (args.model, args.width, args.mix_audio, args.augment) == ("ResUNetDecouple+", 32, 2, [])
-
 
 def test_sdr_rises_on_the_built_in_songs(songs, tmp_path):
     out = tmp_path / "run"
@@ -625,7 +624,6 @@ def test_sdr_rises_on_the_built_in_songs(songs, tmp_path):
     scores = [float(row["valid_sdr"]) for row in rows if row["valid_sdr"]]
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]) and scores[-1] > scores[0]
-
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_exit(songs, trained, tmp_path, number, code):
@@ -647,7 +645,6 @@ def test_signals_save_and_exit(songs, trained, tmp_path, number, code):
         assert call(train.main, *flags(songs, folder, steps=step + 2))[0] == 0
     assert equal(weights(out / "last.pt"), weights(tmp_path / "straight" / "last.pt"))
 
-
 def test_an_mp3_is_as_long_as_it_plays(checkpoint, tmp_path):
     """Without a length in its header libsndfile estimates one, which may be too high."""
     song = tmp_path / "song.mp3"
@@ -661,7 +658,6 @@ def test_an_mp3_is_as_long_as_it_plays(checkpoint, tmp_path):
     vocals, accompaniment = (mss.read_audio(stem)[0] for stem in stems)
     assert vocals.shape == mixture.shape and torch.allclose(vocals + accompaniment, mixture, rtol=0, atol=1e-6)
 
-
 def test_an_error_in_a_worker_ends_the_run(songs, tmp_path):
     root = shutil.copytree(songs, tmp_path / "root")
     stem = root / "train" / "Synthetic - Song 0" / "vocals.flac"
@@ -669,7 +665,6 @@ def test_an_error_in_a_worker_ends_the_run(songs, tmp_path):
     command = [sys.executable, HERE / "train.py", *flags(root, tmp_path / "run", steps=500, workers=2)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "vocals.flac" in done.stderr, done.stderr
-
 
 def test_an_interrupted_validation_is_made_up_for(songs, tmp_path, monkeypatch):
     out, score = tmp_path / "run", evaluate.evaluate_track
@@ -695,7 +690,6 @@ def test_an_interrupted_validation_is_made_up_for(songs, tmp_path, monkeypatch):
     assert call(train.main, *flags(songs, out, steps=4))[0] == 0
     assert torch.load(out / "best.pt", weights_only=True)["step"] == 3
 
-
 def test_what_is_not_finite_is_neither_learned_nor_saved(songs, tmp_path, monkeypatch):
     out, real = tmp_path / "run", torch.nn.utils.get_total_norm
     norms = iter([1.0, 1.0, float("nan")])
@@ -704,14 +698,12 @@ def test_what_is_not_finite_is_neither_learned_nor_saved(songs, tmp_path, monkey
     last = torch.load(out / "last.pt", weights_only=True)
     assert last["step"] == 2 and all(torch.isfinite(value).all() for value in last["model"].values())
 
-
 def test_silent_validation_songs_are_refused_at_the_start(songs, tmp_path):
     root = shutil.copytree(songs, tmp_path / "root")
     for stem in root.glob("valid/*/vocals.flac"):
         mss.write_audio(stem, torch.zeros(2, 3 * RATE), RATE)
     fails(train.main, *flags(root, tmp_path / "run"), saying=("a validation song with vocals", "silence"))
     assert not (tmp_path / "run").exists()
-
 
 def test_train_refuses(songs, trained, tmp_path):
     before = (trained / "last.pt").read_bytes()
@@ -729,7 +721,6 @@ def test_train_refuses(songs, trained, tmp_path):
     fails(train.main, *flags(None, trained), saying=("songs of your own", "--musdb"))
     fails(train.main, *flags(songs, tmp_path / "a"), "--step", "3", saying=("--step",))
     assert not (tmp_path / "a").exists()
-
 
 # ---- separate.py and evaluate.py -------------------------------------------------------------------------------------
 
@@ -749,14 +740,12 @@ def test_separate(checkpoint, tmp_path):
         assert torch.allclose(vocals + accompaniment, mixture, rtol=0, atol=1e-6)
         assert length < 2 or 0 < vocals.abs().max()
 
-
 def test_separated_file_equals_separated_track(checkpoint, tmp_path):
     config, model, _ = mss.load_checkpoint(checkpoint)
     mixture = noise(2, 25 * RATE)
     mss.write_audio(tmp_path / "song.wav", mixture, RATE)
     separate.separate_file(model, tmp_path / "song.wav", tmp_path)
     assert torch.equal(mss.read_audio(tmp_path / "vocals.wav")[0], mss.separate_track(model, mixture)[0])
-
 
 def test_separate_bad_inputs(checkpoint, tmp_path):
     good, bad = tmp_path / "good.wav", tmp_path / "bad.wav"
@@ -777,6 +766,152 @@ def test_separate_bad_inputs(checkpoint, tmp_path):
     fails(separate.main, tmp_path / "vocals" / "vocals.wav", "-m", checkpoint, "-o", tmp_path, saying=("written over",))
     assert (tmp_path / "vocals" / "vocals.wav").read_bytes() == before
 
+def stems(folder, *names):
+    return [mss.read_audio(folder / name)[0] for name in names or ("vocals.wav", "accompaniment.wav")]
+
+def test_formats_and_levels(checkpoint, tmp_path):
+    song, t = tmp_path / "loud.wav", torch.arange(2 * RATE) / RATE
+    mss.write_audio(song, 0.9 * torch.stack([torch.sin(2 * np.pi * 18_000 * t), noise(2 * RATE, scale=0.3)]), RATE)
+    mixture, _ = mss.read_audio(song)
+    arguments = song, "-m", checkpoint, "-o", tmp_path
+    for flags, subtype, tolerance in (([], "FLOAT", 1e-6), (["--int24"], "PCM_24", 2 / 2 ** 23),
+                                      (["--int16"], "PCM_16", 2 / 2 ** 15)):
+        assert call(separate.main, *arguments, *flags)[0] == 0
+        assert soundfile.info(tmp_path / "loud" / "vocals.wav").subtype == subtype
+        vocals, accompaniment = stems(tmp_path / "loud")
+        inside = (accompaniment.abs() < 0.999) & (vocals.abs() < 0.999)
+        assert (vocals + accompaniment - mixture)[inside].abs().max() <= tolerance and inside.float().mean() > 0.9
+    for ext, subtype, limit in (("flac", "PCM_24", 1e-3), ("mp3", "MPEG_LAYER_III", 0.3), ("ogg", "VORBIS", 0.3)):
+        assert call(separate.main, *arguments, "--ext", ext)[0] == 0
+        assert soundfile.info(tmp_path / "loud" / f"vocals.{ext}").subtype == subtype
+        (coded,) = stems(tmp_path / "loud", f"vocals.{ext}")
+        assert coded.shape == mixture.shape and (coded - vocals).square().mean().sqrt() < limit * vocals.std()
+
+    mss.write_audio(song, 5 * mixture, RATE)
+    for mode, words in (("none", "clips above 1"), ("clamp", "clips above 1"), ("rescale", "all stems x")):
+        code, out, err = call(separate.main, *arguments, "--int24", "--clip-mode", mode)
+        vocals, accompaniment = stems(tmp_path / "loud")
+        assert code == 0 and words in out + err
+        assert max(vocals.abs().max(), accompaniment.abs().max()) == pytest.approx(1, abs=1e-6)
+    gain = float(re.search(r"stems x ([\d.]+)", out)[1])
+    assert gain < 0.25 and torch.allclose(vocals + accompaniment, gain * 5 * mixture, rtol=0, atol=1e-3)
+    assert not list(tmp_path.rglob(".partial*"))
+    fails(separate.main, *arguments, "--ext", "mp3", "--int16", saying=("--ext mp3", "--int16"))
+    mss.write_audio(song, mixture, 96_000)
+    fails(separate.main, *arguments, "--ext", "mp3", "-o", tmp_path / "new", saying=("loud", "mp3", "not written"))
+    assert not (tmp_path / "new" / "loud").exists()
+
+def test_excerpts_targets_and_several_checkpoints(checkpoint, tmp_path):
+    song, both = tmp_path / "song.wav", tmp_path / "both.pt"
+    mss.write_audio(song, noise(2, 3 * RATE), RATE)
+    mixture, _ = mss.read_audio(song)
+    mss.save_checkpoint(both, *small(targets=("bass", "drums")))
+    arguments = "-o", tmp_path, "-m", checkpoint, song                # -m takes the song, too
+    assert call(separate.main, *arguments, "--start", 1, "--duration", 0.5, "--segment", 0.2, "--overlap", 0.1)[0] == 0
+    assert torch.allclose(sum(stems(tmp_path / "song")), mixture[:, RATE:RATE * 3 // 2], rtol=0, atol=1e-6)
+    fails(separate.main, *arguments, "--start", 3, saying=("song.wav", "--start"))
+    for names, flags, wanted in (([checkpoint, both], [], {"vocals", "bass", "drums"}),
+                                 ([checkpoint], ["--no-two-stems"], {"vocals"}),
+                                 ([both], ["--two-stems"], {"bass", "drums", "no_bass", "no_drums"})):
+        out = tmp_path / "-".join(sorted(wanted))
+        assert call(separate.main, song, "-o", out, "-m", *names, *flags)[0] == 0
+        assert {path.stem for path in (out / "song").iterdir()} == wanted
+    assert torch.allclose(sum(stems(out / "song", "bass.wav", "no_bass.wav")), mixture, rtol=0, atol=1e-6)
+    one, several = (stems(tmp_path / folder / "song", "vocals.wav")[0] for folder in ("vocals", "bass-drums-vocals"))
+    assert torch.equal(one, several)
+    fails(separate.main, song, "-m", checkpoint, checkpoint, saying=("different targets", "vocals, vocals"))
+    fails(separate.main, song, saying=("-m MODEL", "paper"))
+    fails(separate.main, "-m", checkpoint, saying=("FILE",))
+    for flag, value in (("--segment", 0.9), ("--batch-size", 0), ("--duration", 0), ("--start", "nan")):
+        fails(separate.main, song, "-m", checkpoint, flag, value, saying=(flag,))
+
+def test_folders_and_names(checkpoint, tmp_path, monkeypatch):
+    music = tmp_path / "music"
+    for name in ("a.wav", "a.flac", "cd 1/a.wav", "cd [2]/-b.wav", "cd [2]/.hidden.wav", "__MACOSX/c.wav"):
+        mss.write_audio(music / name, noise(2, 500), RATE)
+    (music / "cover.jpg").write_bytes(b"no audio")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(music)
+    for _ in range(2):                                                # the second time stems are there, but no songs
+        code, out, err = call(separate.main, ".", "a.wav", "../music/cd 1/a.wav", "-m", checkpoint, "-o", "out")
+        assert code == 0 and err == ""
+        assert {str(path.parent) for path in Path("out").rglob("vocals.wav")} == {
+            "out/a.wav", "out/a.flac", "out/cd 1/a", "out/cd [2]/-b"}
+    code, out, err = call(separate.main, "a.wav", "cd 1/a.wav", "../empty", "-m", checkpoint, "-o", "new")
+    assert code == 1 and "../empty: an audio file expected" in err and "1 of 3 songs failed: ../empty" in err
+    assert sorted(path.name for path in Path("new").iterdir()) == ["a.wav", "a.wav+"]
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path.startswith("/absent"):
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", len(self.server.content))
+        self.end_headers()
+        self.wfile.write(self.server.content[:9000 if self.path.startswith("/cut") else None])
+
+    def log_message(self, *arguments):
+        pass
+
+def test_published_weights_are_downloaded_once(checkpoint, tmp_path, monkeypatch):
+    content, name = checkpoint.read_bytes(), "resunet143_ismir2021_vocals_8.9dB_350k_steps.pth"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(separate.PUBLISHED, "paper", ("vocals", 8.9, hashlib.sha256(content).hexdigest()))
+    song, cached = tmp_path / "song.wav", tmp_path / "home" / "hub" / "checkpoints" / name
+    mss.write_audio(song, noise(2, 500), RATE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for place, sent, words in (("absent", content, "404"), ("cut", content, "hash"),
+                                   ("wrong", b"x" * 10_000, "hash"), ("whole", content, None)):
+            server.content = sent
+            monkeypatch.setattr(separate, "URL", f"{address}/{place}/{separate.URL.rsplit('/', 1)[1]}")
+            if words:
+                code, _, err = call(separate.main, song, "-m", "paper", "-o", tmp_path)
+                assert code == 2 and words in err and f"{place}/{name}" in err and str(cached) in err.splitlines()[-1]
+                assert not list(cached.parent.iterdir())
+            else:
+                assert call(separate.main, song, "-m", "paper", "-o", tmp_path)[0] == 0
+                assert cached.read_bytes() == content
+        server.shutdown()
+    code, _, err = call(separate.main, song, "-m", "paper", "-o", tmp_path)       # nobody listens any more
+    assert code == 0 and "downloading" not in err
+    cached.unlink()
+    code, _, err = call(separate.main, song, "-m", "paper", "-o", tmp_path)
+    assert code == 2 and "refused" in err and "by hand" in err
+    code, out, _ = call(separate.main, "--list-models")
+    assert code == 0 and all(word in out for word in ("paper-accompaniment", "16.8 dB", "461 MB", "non-commercial"))
+
+def test_torchrun_shares_the_songs_out(checkpoint, tmp_path):
+    for i in range(5):
+        mss.write_audio(tmp_path / "songs" / f"{i}.wav", noise(2, 5000), RATE)
+    (tmp_path / "songs" / "bad.wav").write_bytes(b"junk")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               HERE / "separate.py", tmp_path / "songs", "-m", checkpoint, "-o", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "1 of 6 songs failed" in done.stderr, done.stderr
+    assert sorted(re.findall(r"^\[\d/6\] .*?(\d)\.wav", done.stdout, re.MULTILINE)) == list("01234")
+    assert sorted(path.parent.name for path in (tmp_path / "out").rglob("vocals.wav")) == list("01234")
+
+def test_ctrl_c_leaves_nothing_behind(checkpoint, tmp_path):
+    soundfile.write(tmp_path / "long.wav", np.zeros((60_000_000, 1), dtype="int16"), 8000)
+    command = [sys.executable, HERE / "separate.py", tmp_path / "long.wav", "-m", checkpoint, "-o", tmp_path / "out"]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process, deadline = subprocess.Popen(command, stderr=subprocess.PIPE, text=True), time.time() + 60
+        while time.time() < deadline and not list(tmp_path.rglob(".partial-*vocals.wav")):
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code and err == "" and not list((tmp_path / "out").iterdir())
+
+def test_benchmark(checkpoint):
+    command = [sys.executable, HERE / "separate.py", "--benchmark", "2", "-m", checkpoint, "-d", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("float32", "bfloat16"))]
+    assert done.returncode == 0 and len(rows) == 2, done.stderr
+    for _, wall, factor, rate, ceiling, share, peak in rows:
+        assert float(factor) == pytest.approx(float(wall) / 2, abs=0.05) and 0 < float(rate) < float(ceiling)
+        assert 0.1 < float(peak) < 4
 
 def test_evaluate(songs, trained, tmp_path):
     out = tmp_path / "estimates"
@@ -787,14 +922,14 @@ def test_evaluate(songs, trained, tmp_path):
     assert list(rows) == ["vocals", "accompaniment"]
     (track,) = mss.musdb_tracks(songs, "test")
     estimates = {name: mss.read_audio(out / "test" / track.name / f"{name}.wav")[0] for name in rows}
-    frames = mss.framewise_sdr(np.stack([track.load(name) for name in rows]), np.stack(list(estimates.values())), RATE)
+    references = np.stack([track.load(name) for name in rows])
+    frames = evaluate.framewise_sdr(references, np.stack(list(estimates.values())), RATE)
     for name, values in zip(rows, frames):
         assert float(rows[name]["sdr"]) == pytest.approx(np.median(values), abs=1e-9)
         assert (rows[name]["frames"], rows[name]["frames_total"]) == ("3", "3")
-        baseline = mss.framewise_sdr(track.load(name)[None], track.load("mixture")[None], RATE)
+        baseline = evaluate.framewise_sdr(track.load(name)[None], track.load("mixture")[None], RATE)
         assert float(rows[name]["mixture_sdr"]) == pytest.approx(np.median(baseline), abs=1e-9)
     fails(evaluate.main, "-m", trained / "best.pt", "--musdb", tmp_path / "absent", saying=("absent",))
-
 
 # ---- What the project promises its readers ---------------------------------------------------------------------------
 
@@ -802,7 +937,6 @@ def test_equations_stand_at_their_lines():
     code = [line for line in (HERE / "mss.py").read_text().splitlines() if re.search(r"\S.*# eq\. \d", line)]
     found = {int(number) for line in code for number in re.findall(r"eq\. (\d)", line)}
     assert {2, 4, 5, 6, 7, 8, 9} <= found
-
 
 def test_files_keep_their_budgets():
     lengths = []
@@ -815,7 +949,6 @@ def test_files_keep_their_budgets():
         assert max(sizes.values()) <= 60, (name, max(sizes, key=sizes.get))
         lengths += sizes.values() if name != "test_mss.py" else []
     assert statistics.median(lengths) <= 10
-
 
 def test_readme_commands_exist():
     readme = (HERE / "README.md").read_text()

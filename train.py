@@ -30,7 +30,6 @@ DEMO = dict(model="UNetDecouple+", width=8, steps=250, batch_size=4, segment=1.0
 SETTINGS = ("source", "model", "width", "batch_size", "segment", "lr", "warmup", "mix_audio", "augment", "seed", "bf16")
 LOG = ("step", "loss", "lr", "ms_per_step", "data_wait", "valid_sdr", "valid_mixture_sdr", "valid_usdr")
 
-
 # ---- The built-in data: songs made of arithmetic ---------------------------------------------------------------------
 
 def tone(frequency, harmonics, rate):
@@ -38,11 +37,9 @@ def tone(frequency, harmonics, rate):
     phase = 2 * np.pi * np.cumsum(frequency) / rate
     return sum(harmonics(k, k * frequency) * np.sin(k * phase) for k in range(1, 25) if k * frequency.max() < rate / 2)
 
-
 def envelope(n, rate, decay):
     t = np.arange(n) / rate
     return np.minimum(1, t / 0.01) * np.exp(-t / decay) * np.minimum(1, t[::-1] / 0.02)
-
 
 def synthetic_song(seed, seconds, rate=44100):
     """{stem: (2, L) float32} of a short song: a vibrato formant voice, bass, drums and chords."""
@@ -75,9 +72,8 @@ def synthetic_song(seed, seconds, rate=44100):
         add("drums", start + beat // 2, 0.1 * np.diff(noise, append=0) * envelope(beat, rate, 0.03), 0.65)
     return {name: audio[:, :length] for name, audio in stems.items()}
 
-
 def synthetic_musdb(root, songs=(("train", 8), ("valid", 2), ("test", 2)), seconds=8, seed=0):
-    """Write synthetic songs in MUSDB's layout, as 16-bit FLAC, unless they are there -> root."""
+    """Write synthetic songs in MUSDB's layout, as FLAC, unless they are there -> root."""
     first = 0
     for subset, count in songs:
         for i in range(count):
@@ -92,13 +88,11 @@ def synthetic_musdb(root, songs=(("train", 8), ("valid", 2), ("test", 2)), secon
         first += count
     return root
 
-
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 def learning_rate(step, base, warmup):
     """Of step 1, 2, ...: linear warm-up, then x0.9 after every 15,000 steps (section 4.2)."""
     return base * min(step / max(warmup, 1), 1.0) * 0.9 ** (step // 15_000)
-
 
 def validate(model, tracks, bf16, caught):
     """Whole held-out songs through separate_track -> {column of LOG: median or mean over them}; {} when interrupted."""
@@ -113,7 +107,6 @@ def validate(model, tracks, bf16, caught):
             "valid_mixture_sdr": evaluate.median([row["mixture_sdr"] for row in rows]),
             "valid_usdr": evaluate.mean([row["usdr"] for row in rows])}
 
-
 def catch_signals():
     """Return a list that SIGINT and SIGTERM append themselves to; a second one ends the program at once."""
     caught = []
@@ -127,11 +120,9 @@ def catch_signals():
         signal.signal(number, handler)
     return caught
 
-
 def ignore_signals(worker):
     for number in (signal.SIGINT, signal.SIGTERM):                    # a terminal or scheduler signals workers too:
         signal.signal(number, signal.SIG_IGN)                         # the loop needs them until its step is done
-
 
 def end_workers():
     """End the loader's workers, which would ignore the SIGTERM that ends them when this process exits."""
@@ -139,7 +130,6 @@ def end_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # torch's handler would call their end an error
     for worker in multiprocessing.active_children():
         worker.kill()
-
 
 def resume(out, settings, model, optimizer):
     """Load OUT/last.pt, where there is one, into model and optimizer -> {"step", "best", "validated", "settings"}.
@@ -165,7 +155,6 @@ def resume(out, settings, model, optimizer):
     print(f"resuming {path} at step {state['step']}")
     return {key: state[key] for key in ("step", "best", "validated", "settings")}
 
-
 def open_log(path, run):
     """Drop the rows that an interrupted run wrote after its last save; return a function that appends a row."""
     rows = []
@@ -182,7 +171,6 @@ def open_log(path, run):
         with open(path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, LOG).writerow(row)
     return append
-
 
 def parse(argv):
     parser = mss.parser(__doc__)
@@ -218,10 +206,8 @@ def parse(argv):
         parser.error("--workers and --seed from 0 up and --segment from 0.1 s up expected")
     return args
 
-
 def save_last(args, run, model, optimizer):
     mss.save_checkpoint(args.out / "last.pt", model.config, model, optimizer=optimizer.state_dict(), **run)
-
 
 def keep_best(args, run, model, scores, log):
     """Log and print a validation's scores; save the model if they are the highest so far."""
@@ -232,7 +218,6 @@ def keep_best(args, run, model, scores, log):
     if scores["valid_sdr"] > run["best"]:
         run["best"] = scores["valid_sdr"]
         mss.save_checkpoint(args.out / "best.pt", model.config, model, step=run["step"], **scores)
-
 
 def train(args, run, model, optimizer, segments, held_out, log):
     """Train until args.steps or a signal; `run` ("step", "best", "validated", "settings") moves on -> exit code."""
@@ -294,7 +279,6 @@ def train(args, run, model, optimizer, segments, held_out, log):
                  "ms_per_step": f"{1000 * seconds / n:.1f}", "data_wait": f"{waited / seconds:.4f}"})
             losses, waited, began = [], 0.0, now
 
-
 def main(argv=None):
     args = parse(argv)
     device = mss.pick_device(args.device)
@@ -322,7 +306,6 @@ def main(argv=None):
         return train(args, run, model, optimizer, segments, held_out, open_log(args.out / "log.csv", run))
     finally:
         end_workers()
-
 
 if __name__ == "__main__":
     mss.run(main)
