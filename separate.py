@@ -164,7 +164,7 @@ def find_songs(inputs, out):
     names, songs = collections.Counter(str(folder).casefold() for _, folder in found.values()), {}
     for path, folder in found.values():
         if names[str(folder).casefold()] > 1:                         # song.mp3 and song.wav
-            folder = folder.with_name(path.name)
+            folder = folder.with_name(f"{folder.name} ({path.suffix[1:]})")
         while str(folder).casefold() in songs:                        # song.mp3 of two folders
             folder = folder.with_name(folder.name + "+")
         songs[str(folder).casefold()] = path, folder
@@ -178,16 +178,17 @@ def measure(windows, names, device, seconds):
     device, dtype = mss.pick_device(device), torch.bfloat16 if windows["bf16"] else torch.float32
     model = load_models(names, device)
     mixture = 0.1 * torch.randn(model.config.channels, round(seconds * model.config.sample_rate))
-    ceiling = mss.convolution_rate(device, dtype)
-    for noise in (mixture[:, :windows["segment"]], mixture):          # the first one warms up
-        start = time.perf_counter()
+    mss.separate_track(model, mixture[:, :windows["segment"]], **windows)       # the first is slower
+    blocks, rows, more = mss.separate_blocks(model, [mixture], **windows), [], True
+    while more:
         with FlopCounterMode(display=False) as counter:
-            for _ in mss.separate_blocks(model, [noise], **windows):
-                pass
-        wall = time.perf_counter() - start
-    rate, ceiling = counter.get_total_flops() / wall, max(ceiling, mss.convolution_rate(device, dtype))
-    print(f"{str(dtype)[6:]:9} {wall:6.1f} {wall / seconds:17.3f} {rate / 1e9:8.0f} "
-          f"{ceiling / 1e9:13.0f} {rate / ceiling:5.0%} {mss.peak_memory(device):9.2f}", flush=True)
+            start = time.perf_counter()
+            more = next(blocks, None) is not None
+        rows.append((time.perf_counter() - start, counter.get_total_flops(), mss.convolution_rate(device, dtype)))
+    wall, flop, rates = (sum(column) for column in zip(*rows))        # in turns: what slows one slows the other
+    print(f"{str(dtype)[6:]:9} {wall:6.1f} {wall / seconds:17.3f} {flop / wall / 1e9:8.0f} "
+          f"{rates / len(rows) / 1e9:13.0f} {flop / wall / rates * len(rows):5.0%} {mss.peak_memory(device):9.2f}",
+          flush=True)
 
 def benchmark(args):
     print(f"{args.benchmark:g} s of noise, {' '.join(args.model)}, {mss.pick_device(args.device)}, "
@@ -201,8 +202,7 @@ def parse(argv):
     parser = mss.parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="FILE", help="audio files, and folders to search")
-    add("-m", "--model", nargs="+", action="extend", default=[], help="paper, paper-accompaniment or a checkpoint file "
-        "(.pt, .pth); of several: the stems of all")
+    add("-m", "--model", nargs="+", action="extend", default=[], help="paper, paper-accompaniment or checkpoint files")
     add("--list-models", action="store_true", help="print the models that have names")
     add("-o", "--out", default="separated", type=Path, help="output folder (default: %(default)s)")
     add("--ext", choices=("wav", "flac", "mp3", "ogg"), default="wav", help="default: wav, in float32")

@@ -836,10 +836,10 @@ def test_folders_and_names(checkpoint, tmp_path, monkeypatch):
         code, out, err = call(separate.main, ".", "a.wav", "../music/cd 1/a.wav", "-m", checkpoint, "-o", "out")
         assert code == 0 and err == ""
         assert {str(path.parent) for path in Path("out").rglob("vocals.wav")} == {
-            "out/a.wav", "out/a.flac", "out/cd 1/a", "out/cd [2]/-b"}
+            "out/a (wav)", "out/a (flac)", "out/cd 1/a", "out/cd [2]/-b"}
     code, out, err = call(separate.main, "a.wav", "cd 1/a.wav", "../empty", "-m", checkpoint, "-o", "new")
     assert code == 1 and "../empty: an audio file expected" in err and "1 of 3 songs failed: ../empty" in err
-    assert sorted(path.name for path in Path("new").iterdir()) == ["a.wav", "a.wav+"]
+    assert sorted(path.name for path in Path("new").iterdir()) == ["a (wav)", "a (wav)+"]
 
 class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
