@@ -83,8 +83,8 @@ def evaluate_track(model, track, bf16=False):
     references = {name: mss.to_channels(track.load(name), config.channels) for name in estimates}
     baseline = score(references, dict.fromkeys(estimates, mixture), track.sample_rate)
     rows = []
-    for name, (frames, usdr) in score(references, estimates, track.sample_rate).items():
-        rows.append(dict(zip(COLUMNS, (track.name, name, median(frames), median(baseline[name][0]), usdr,
+    for name, (frames, whole) in score(references, estimates, track.sample_rate).items():
+        rows.append(dict(zip(COLUMNS, (track.name, name, median(frames), median(baseline[name][0]), whole,
                                        baseline[name][1], int(np.isfinite(frames).sum()), len(frames)))))
     return rows, estimates
 

@@ -30,7 +30,6 @@ import soundfile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 SOURCES = ("vocals", "bass", "drums", "other")  # "accompaniment" is the sum of the last three
 
@@ -73,7 +72,7 @@ def open_audio(path):
         try:
             file = soundfile.SoundFile(path)
             stated = rb"(Xing|Info)\0\0\0|VBRI"                       # without these an MP3's length is a guess
-            guessed = file.format == "MP3" and not re.search(stated, Path(path).read_bytes()[:1 << 20])
+            guessed = file.format == "MP3" and not re.search(stated, np.fromfile(path, "u1", 1 << 20).tobytes())
             foreign = guessed and shutil.which("ffmpeg") or not file.seekable() or file.frames > 1 << 48    # streamed
             if guessed and not foreign:
                 print(f"notice: {path}: its length is a guess; the end may be missing without ffmpeg", file=sys.stderr)
@@ -437,7 +436,7 @@ class ResBlock(nn.Module):
     def forward(self, x):
         y = self.conv1(F.leaky_relu(self.bn1(x), 0.01, inplace=True))             # (B, D_in, T, F) -> (B, D, T, F)
         y = self.conv2(F.leaky_relu(self.bn2(y), 0.01, inplace=True))             # in place: batch norm keeps its input
-        return y.add_(self.shortcut(x))
+        return y.add_(self.shortcut(x))                                           # a convolution needs no output
 
 def res_blocks(features_in, features):
     """Four RCBs: the 8 convolutions of an REB, ICB or RDB (figure 4a, b)."""
@@ -727,16 +726,18 @@ def peak_memory(device):
 @torch.inference_mode()
 def convolution_rate(device, dtype):
     """The FLOP/s of a 3x3 convolution of 384 features, the ResUNet's widest: what the machine can do now."""
+    import torch.utils.benchmark                                      # 90 ms, for the benchmark only
     x, conv = (thing.to(device, dtype, memory_format=torch.channels_last) for thing in (
         torch.randn(1, 384, 64, 64), nn.Conv2d(384, 384, 3, padding=1, bias=False)))
-    timer = Timer("conv(x)", globals={"conv": conv, "x": x}, num_threads=torch.get_num_threads())
+    timer = torch.utils.benchmark.Timer("conv(x)", globals={"conv": conv, "x": x}, num_threads=torch.get_num_threads())
     return 2 * 9 * 384 * x.numel() / timer.blocked_autorange(min_run_time=0.2).median
 
 def run(main):
     """Run a script: exit with main's code; what the user can mend becomes one line on stderr and exit code 2."""
     keep_memory()
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):             # unwind, so that no temporary file stays
-        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL:       # ignored under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main())
     except KeyboardInterrupt:

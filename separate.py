@@ -39,8 +39,8 @@ def checkpoint_path(name):
     """The file of a name in PUBLISHED, downloaded once into torch.hub's cache, or UserError; other names are paths."""
     if name not in PUBLISHED:
         return Path(name)
-    target, decibels, sha256 = PUBLISHED[name]
-    url = URL.format(target, decibels)
+    target, sdr, sha256 = PUBLISHED[name]
+    url = URL.format(target, sdr)
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1].removesuffix("?download=1"))
     if not path.exists():
         print(f"downloading {url} (461 MB) to {path}", file=sys.stderr)
@@ -54,8 +54,8 @@ def checkpoint_path(name):
     return path
 
 def list_models():
-    for name, (target, decibels, _) in PUBLISHED.items():
-        print(f"{name}: {target}, {mss.complement([target])}; {target} {decibels} dB SDR (museval, MUSDB18 test, by "
+    for name, (target, sdr, _) in PUBLISHED.items():
+        print(f"{name}: {target}, {mss.complement([target])}; {target} {sdr} dB SDR (museval, MUSDB18 test, by "
               "the file's name); 461 MB; trained on MUSDB18, for non-commercial use (Zenodo 5513378)")
 
 class Together(nn.Module):
@@ -172,21 +172,21 @@ def find_songs(inputs, out):
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
-def measure(windows, names, device, seconds):
+def measure(options, names, device, seconds):
     """Separate noise in this process, which is new, so that the peak is this run's; print a row of the table."""
     mss.keep_memory()
-    device, dtype = mss.pick_device(device), torch.bfloat16 if windows["bf16"] else torch.float32
+    device, dtype = mss.pick_device(device), torch.bfloat16 if options["bf16"] else torch.float32
     model = load_models(names, device)
     mixture = 0.1 * torch.randn(model.config.channels, round(seconds * model.config.sample_rate))
-    mss.separate_track(model, mixture[:, :windows["segment"]], **windows)       # the first is slower
-    blocks, rows, more = mss.separate_blocks(model, [mixture], **windows), [], True
+    mss.separate_track(model, mixture[:, :options["segment"]], **options)       # the first is slower
+    blocks, rows, more = mss.separate_blocks(model, [mixture], **options), [], True
     while more:
         with FlopCounterMode(display=False) as counter:
             start = time.perf_counter()
             more = next(blocks, None) is not None
         rows.append((time.perf_counter() - start, counter.get_total_flops(), mss.convolution_rate(device, dtype)))
     wall, flop, rates = (sum(column) for column in zip(*rows))        # in turns: what slows one slows the other
-    print(f"{str(dtype)[6:]:9} {wall:6.1f} {wall / seconds:17.3f} {flop / wall / 1e9:8.0f} "
+    print(f"{str(dtype)[6:]:9} {wall:6.1f} {wall / seconds:17.3f} {flop / wall / 1e9:8.1f} "
           f"{rates / len(rows) / 1e9:13.0f} {flop / wall / rates * len(rows):5.0%} {mss.peak_memory(device):9.2f}",
           flush=True)
 
@@ -196,13 +196,13 @@ def benchmark(args):
           "          wall s  real-time factor  GFLOP/s  of a 3x3 convolution's  peak GiB", flush=True)
     for bf16 in (False, True):
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(measure, {**args.windows, "bf16": bf16}, args.model, args.device, args.benchmark).result()
+            pool.submit(measure, {**args.options, "bf16": bf16}, args.model, args.device, args.benchmark).result()
 
 def parse(argv):
     parser = mss.parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="FILE", help="audio files, and folders to search")
-    add("-m", "--model", nargs="+", action="extend", default=[], help="paper, paper-accompaniment or checkpoint files")
+    add("-m", "--model", nargs="+", action="extend", default=[], help="paper, paper-accompaniment, FILE.pt, FILE.pth")
     add("--list-models", action="store_true", help="print the models that have names")
     add("-o", "--out", default="separated", type=Path, help="output folder (default: %(default)s)")
     add("--ext", choices=("wav", "flac", "mp3", "ogg"), default="wav", help="default: wav, in float32")
@@ -231,7 +231,7 @@ def parse(argv):
             (args.benchmark and not 1 <= args.benchmark < 1e6, "--benchmark from 1 s expected")):
         if wrong:
             parser.error(message)
-    args.windows = dict(segment=round(args.segment * 44100), overlap=round(args.overlap * 44100),
+    args.options = dict(segment=round(args.segment * 44100), overlap=round(args.overlap * 44100),
                         batch_size=args.batch_size, bf16=args.bf16)
     return args
 
@@ -247,7 +247,7 @@ def separate_song(args, model, path, folder, title):
     try:
         paths, length, peak, gain = separate_file(
             model, path, folder, args.ext, args.subtype, args.clip_mode, args.two_stems, args.start, args.duration,
-            progress, **args.windows)
+            progress, **args.options)
     except (mss.UserError, OSError, UnicodeError) as error:
         if args.debug:
             raise
