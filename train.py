@@ -1,6 +1,6 @@
 """Train one model for one source; the same command resumes an interrupted run.
 
-    python train.py --out runs/demo                          # built-in synthetic songs: two minutes on a CPU
+    python train.py --out runs/demo                          # built-in synthetic songs: minutes on a CPU
     python train.py --source vocals --musdb /data/musdb18hq  # the paper's system: the defaults are its numbers
 
 OUT holds last.pt (to resume from), best.pt (highest validation SDR) and log.csv.
