@@ -897,7 +897,7 @@ def test_ctrl_c_leaves_nothing_behind(checkpoint, tmp_path):
     soundfile.write(tmp_path / "long.wav", np.zeros((60_000_000, 1), dtype="int16"), 8000)
     command = [sys.executable, HERE / "separate.py", tmp_path / "long.wav", "-m", checkpoint, "-o", tmp_path / "out"]
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,        # in the background SIGINT is ignored
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,   # ignored in the background
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         deadline = time.time() + 60
         while time.time() < deadline and not list(tmp_path.rglob(".partial-*vocals.wav")):
