@@ -742,7 +742,7 @@ def run(main):
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, UnicodeError, torch.OutOfMemoryError) as error:
         if "--debug" in sys.argv:
             raise
         message = str(error).strip().split("mss.UserError: ")[-1]     # from a loader's worker it comes with a traceback

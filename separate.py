@@ -172,6 +172,16 @@ def find_songs(inputs, out):
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
+def torchrun():
+    """(the store that torchrun's processes share, this one's rank); without torchrun a store of its own and 0."""
+    alone = "TORCHELASTIC_RUN_ID" not in os.environ
+    return (torch.distributed.HashStore(), 0) if alone else next(torch.distributed.rendezvous("env://"))[:2]
+
+def turns(store, count):
+    """Yield the numbers below `count` that no other process took before: a free one takes the next."""
+    while (i := store.add("turn", 1) - 1) < count:
+        yield i
+
 def measure(options, names, device, seconds):
     """Separate noise in this process, which is new, so that the peak is this run's; print a row of the table."""
     mss.keep_memory()
@@ -238,7 +248,6 @@ def parse(argv):
 def separate_song(args, model, path, folder, title):
     """Separate one song as the command line says and report it -> whether that went well."""
     started, device = time.time(), next(model.parameters()).device
-
     def progress(share):
         if sys.stderr.isatty() and share:
             left = (time.time() - started) * (1 - share) / share
@@ -266,32 +275,22 @@ def main(argv=None):
     args = parse(argv)
     if args.list_models or args.benchmark:
         return (list_models() if args.list_models else benchmark(args)) or 0
-    store, rank = None, 0
-    if "TORCHELASTIC_RUN_ID" in os.environ:                           # torchrun: its processes share this store
-        store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    store, rank = torchrun()
     songs = find_songs(args.inputs, args.out)
     while rank and not store.check(["downloaded"]):                   # by process 0; store.wait would hold up signals
         time.sleep(0.2)
     model = load_models(args.model, mss.pick_device(args.device))
-    if store:
-        store.set("downloaded", "")
+    store.set("downloaded", "")
     stems = (*model.config.targets, *rests(model.config.targets, args.two_stems))
     outputs = {Path(folder, f"{stem}.{args.ext}").resolve() for _, folder in songs for stem in stems}
     if over := [str(path) for path, _ in songs if path.resolve() in outputs]:
         raise mss.UserError(f"{', '.join(over)}: stems would be written over it; choose another --out")
-
-    good, next_song = {}, itertools.count()                           # {number of a song: whether it went well}
-    while (i := store.add("turn", 1) - 1 if store else next(next_song)) < len(songs):     # the next that nobody took
-        good[i] = separate_song(args, model, *songs[i], f"[{i + 1}/{len(songs)}] " if len(songs) > 1 else "")
-        if store:
-            store.set(f"song {i}", str(good[i]))
-    if rank:
-        return 0
-    if store:                                                         # process 0 waits for the others, speaks for all
-        while not store.check([f"song {i}" for i in range(len(songs))]):
-            time.sleep(0.2)
-        good = {i: store.get(f"song {i}") == b"True" for i in range(len(songs))}
-    failed = [str(songs[i][0]) for i in good if not good[i]]
+    for i in turns(store, len(songs)):
+        good = separate_song(args, model, *songs[i], f"[{i + 1}/{len(songs)}] " if len(songs) > 1 else "")
+        store.set(f"song {i}", str(good))
+    while not rank and not store.check([f"song {i}" for i in range(len(songs))]):     # process 0 speaks for all
+        time.sleep(0.2)
+    failed = [str(path) for i, (path, _) in enumerate(songs) if not rank and store.get(f"song {i}") != b"True"]
     if failed and len(songs) > 1:
         print(f"separate.py: {len(failed)} of {len(songs)} songs failed: {', '.join(failed)}", file=sys.stderr)
     return 0 if not failed else 2 if len(failed) == len(songs) else 1

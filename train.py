@@ -99,13 +99,15 @@ def validate(model, tracks, bf16, caught):
     model.eval()
     rows = []
     for track in tracks:
-        rows += [row for row in evaluate.evaluate_track(model, track, bf16)[0] if row["target"] in model.config.targets]
+        scores, _, _ = evaluate.compare(track, *evaluate.separated(model, track, bf16))
+        rows += [row for row in evaluate.summary(track.name, scores) if row["target"] in model.config.targets]
         if caught:
             return {}
     model.train()
-    return {"valid_sdr": evaluate.median([row["sdr"] for row in rows]),
-            "valid_mixture_sdr": evaluate.median([row["mixture_sdr"] for row in rows]),
-            "valid_usdr": evaluate.mean([row["usdr"] for row in rows])}
+    ours, mixture = ([row for row in rows if row["system"] == system] for system in ("estimate", "mixture"))
+    return {"valid_sdr": evaluate.median([row["SDR"] for row in ours]),
+            "valid_mixture_sdr": evaluate.median([row["SDR"] for row in mixture]),
+            "valid_usdr": evaluate.median([row["uSDR"] for row in ours], np.mean)}
 
 def catch_signals():
     """Return a list that SIGINT and SIGTERM append themselves to; a second one ends the program at once."""
