@@ -142,8 +142,8 @@ def separated(model, track, bf16=False):
 
 def estimate_files(folder, subset, name):
     """{target: file} of FOLDER/SUBSET/NAME/TARGET.wav (or flac, mp3, ...), or of FOLDER/NAME; UserError without any."""
-    places = [Path(folder, name), Path(folder, subset, name)]                     # the second wins
-    files = {path.stem: path for place in places for path in sorted(place.glob("*"), reverse=True)
+    places = [Path(folder, name), Path(folder, subset, name)]                     # the second wins, and .wav
+    files = {path.stem: path for place in places for path in sorted(place.glob("*"))
              if path.stem in TARGETS and path.suffix.lower() in separate.AUDIO}
     if not files:
         raise mss.UserError(f"{places[1]}: some of {', '.join(TARGETS)}.wav expected, found none")
@@ -330,7 +330,7 @@ def write_json(path, scores):
 
 @dataclasses.dataclass(frozen=True)
 class Excerpt(mss.Track):
-    first: int = 0                              # of the `frames` samples of the song that it holds
+    first: int = 0                              # where in the song its `frames` samples begin
 
     def load(self, source):
         return super().load(source, self.first, self.frames)
@@ -338,10 +338,9 @@ class Excerpt(mss.Track):
 def excerpts(tracks, count, seconds, seed):
     """A random excerpt of each of `count` random songs, or of all if there are fewer; shorter songs come whole."""
     rng = np.random.default_rng(seed)
-    for i in sorted(rng.choice(len(tracks), min(count, len(tracks)), replace=False)):
-        frames = min(tracks[i].frames, round(seconds * tracks[i].sample_rate))
-        first = int(rng.integers(tracks[i].frames - frames + 1))
-        yield Excerpt(**{**vars(tracks[i]), "frames": frames, "first": first})
+    for track in (tracks[i] for i in sorted(rng.choice(len(tracks), min(count, len(tracks)), replace=False))):
+        frames = min(track.frames, round(seconds * track.sample_rate))
+        yield Excerpt(**{**vars(track), "frames": frames, "first": int(rng.integers(track.frames - frames + 1))})
 
 def evaluate_track(args, model, track):
     """The result of one song, as plain lists and dicts: read back where it is known, else computed and kept."""
@@ -390,8 +389,9 @@ def work(args, model, tracks, columns, store):
         if sys.stderr.isatty():
             print(f"{store.add('done', 1)} of {len(tracks)} tracks", end="\033[K\r", file=sys.stderr, flush=True)
 
-def worker(_, args, model, tracks, columns, port):
+def worker(_, args, tracks, columns, port):
     mss.keep_memory()
+    model = separate.load_models(args.model, mss.pick_device(args.device)) if args.model else None
     store = torch.distributed.TCPStore("127.0.0.1", port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)         # from now on unwind: no partial file stays
     work(args, model, tracks, columns, store)
@@ -429,7 +429,7 @@ def parse(argv):
             (not args.musdb, "--musdb PATH expected: the folder that holds train/ and test/ (or set MUSDB_PATH)"),
             (bool(args.model) + bool(args.estimates) + args.oracle != 1, "one of -m, --estimates, --oracle expected"),
             (args.oracle and (args.json or args.report or args.out or args.full), "--oracle: whole songs, SDR only"),
-            (args.workers > 1 and "TORCHELASTIC_RUN_ID" in os.environ, "torchrun or --workers expected, not both"),
+            (args.workers > 1 and (os.getenv("RANK") or args.debug), "--workers: not with torchrun or --debug"),
             (not (min(args.workers, args.chunks + 1, args.listen + 1, args.seed + 1) > 0 < args.seconds < np.inf),
              "positive numbers expected")):
         if wrong:
@@ -446,7 +446,7 @@ def finish(args, title, columns, results):
     if args.oracle and good:
         masks = {name: np.sum([result["masks"][name] for result in good], axis=0) for name in TARGETS}
         masks["all"] = sum(masks.values())
-        print("bins with |M| > 1:", ", ".join(f"{name} {m[1] / max(m[0], 1):.1%}" for name, m in masks.items()))
+        print("|M| > 1 where |X| > 1e-8:", ", ".join(f"{name} {m[1] / max(m[0], 1):.1%}" for name, m in masks.items()))
         written.append(Path(args.results, "figure2.png"))
         with mss.replacing(written[-1]) as temporary:
             temporary.write_bytes(png(figure_2(masks)))
@@ -491,7 +491,7 @@ def main(argv=None):
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)        # which they inherit: Ctrl-C is for this one
         torch.multiprocessing.spawn(
-            worker, (args, model, tracks, columns, store.port), args.workers - 1, join=False, daemon=True)
+            worker, (args, tracks, columns, store.port), args.workers - 1, join=False, daemon=True)
         signal.signal(signal.SIGINT, handler)
     work(args, model, tracks, columns, store)
     return 0 if rank else finish(args, title, columns, gather(store, tracks))
