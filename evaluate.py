@@ -96,8 +96,8 @@ def bss_eval(references, estimates, rate, filters=True):
     C_all = projection_filters(r_ss, r_ys, n_fft)                                 # (bins, S*C, S*C)
     own = [slice(j * channels, (j + 1) * channels) for j in range(sources)]
     C_own = torch.stack([projection_filters(r_ss[j][:, j], r_ys[j][:, j], n_fft) for j in own])       # (S, bins, C, C)
-    weights = F.pad(torch.full((n_fft // 2 - 1,), 2 / n_fft), (1, 1), value=1 / n_fft).double()   # Parseval's theorem:
-    energy = lambda X: ((X.real ** 2 + X.imag ** 2) @ weights).sum(-1).numpy()        # all bins but two stand for two
+    weights = F.pad(torch.full((n_fft // 2 - 1,), 2 / n_fft, dtype=torch.double), (1, 1), value=1 / n_fft)
+    energy = lambda X: ((X.real ** 2 + X.imag ** 2) @ weights).sum(-1).numpy()    # Parseval; most bins stand for two
     for t in counted:
         S, Y = (torch.fft.rfft(x[..., frames[t]].double(), n_fft) for x in (s, y))                # (S, C, bins)
         P_all = torch.einsum("faz,af->zf", C_all, S.flatten(0, 1)).unflatten(0, (sources, channels))
@@ -236,8 +236,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{0}<
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root {{ color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }} body {{ max-width: 72rem; margin: auto }}
 body > * {{ margin-inline: 1rem }} .wide {{ overflow: auto }} table {{ border-collapse: collapse; white-space: nowrap }}
-td {{ padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #8886 }} th {{ text-align: right }}
-td:nth-child(-n+2) {{ text-align: left }} h1, h2 {{ overflow-wrap: anywhere }} figure {{ margin: 0 0 1rem }}
+td, th {{ padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #8886 }} figure {{ margin: 0 0 1rem }}
+td:nth-child(-n+2), th:nth-child(-n+2) {{ text-align: left }} h1, h2 {{ overflow-wrap: anywhere }}
 .grid {{ display: grid; gap: 0 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }}
 img, svg, audio {{ display: block; width: 100% }} img {{ aspect-ratio: 2 }} svg {{ height: 5rem; background: #8882 }}
 </style></head><body><h1>{0}</h1>{1}</body></html>
