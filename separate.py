@@ -248,6 +248,7 @@ def parse(argv):
 def separate_song(args, model, path, folder, title):
     """Separate one song as the command line says and report it -> whether that went well."""
     started, device = time.time(), next(model.parameters()).device
+
     def progress(share):
         if sys.stderr.isatty() and share:
             left = (time.time() - started) * (1 - share) / share
