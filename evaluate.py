@@ -215,9 +215,14 @@ def png(image):
     rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in image), 9)                 # filter 0: none
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
-FONT = dict(zip("ABCDEHILMNOPRSTUV0123456789.% ", (     # 3 x 5 pixels, an octal digit for each row
+FONT = dict(zip("ABCDEHILMNOPRSTUV0123456789.%+- ", (    # 3 x 5 pixels, an octal digit for each row
     "25755 65656 34443 65556 74647 55755 72227 44447 57755 65555 25552 65644 65655 34216 72222 55557 55552 75557 26227 "
-    "71747 71717 55711 74717 74757 71122 75757 75717 00002 51245 00000").split()))
+    "71747 71717 55711 74717 74757 71122 75757 75717 00002 51245 02720 00700 00000").split()))
+
+def write(image, x, y, text, colour=0):
+    """Write into an (H, W, 3) image, in letters of 9 x 15 pixels, 12 apart."""
+    words = [[int(FONT[letter][row]) >> bit & 1 for letter in text.upper() for bit in (2, 1, 0, 3)] for row in range(5)]
+    image[y:y + 15, x:x + 12 * len(text)][np.kron(words, np.ones((3, 3))) == 1] = colour
 
 def figure_2(masks):
     """{name: what mask_statistics counts} -> the paper's Figure 2, (H, W, 3): M from -2 to 2, unit circle in red."""
@@ -227,9 +232,7 @@ def figure_2(masks):
         shade = np.kron(np.log1p(histogram).reshape(SIDE, SIDE), np.ones((2, 2)))[..., None]
         panels.append(np.full((2 * SIDE + 40, 2 * SIDE + 20, 3), 255, dtype="uint8"))
         panels[-1][30:-10, 10:-10] = np.where(circle[..., None], (255, 0, 0), 255 - 255 * shade / shade.max().clip(1))
-        letters = [FONT[letter] for letter in f"{name.upper()} {above / max(bins, 1):.1%}"]
-        words = [[int(letter[y]) >> x & 1 for letter in letters for x in (2, 1, 0, 3)] for y in range(5)]
-        panels[-1][8:23, 10:10 + 12 * len(letters)][np.kron(words, np.ones((3, 3))) == 1] = 0
+        write(panels[-1], 10, 8, f"{name} {above / max(bins, 1):.1%}")
     return np.concatenate([np.concatenate(panels[i:i + 3], axis=1) for i in range(0, len(panels), 3)])
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{0}</title><link rel="icon" href="data:,">
@@ -412,7 +415,7 @@ def parse(argv):
     add("--oracle", action="store_true", help="score ideal masks instead: Table 1 and Figure 2 of the paper")
     add("--musdb", default=os.environ.get("MUSDB_PATH"), help="dataset folder (env MUSDB_PATH)")
     add("--subset", default="test", choices=("train", "valid", "test"), help="default: %(default)s")
-    add("--cache", help="where .stem.mp4 files are decoded to (default: ROOT-wav beside ROOT)")
+    add("--cache", help="where .stem.mp4 (default: ROOT-wav beside ROOT) and, if given, flac and ogg are decoded to")
     add("--full", action="store_true", help="ISR, SIR, SAR, too, which lossy stems distort (on: --json, --chunks)")
     add("--chunks", type=int, default=0, metavar="N", help="score an excerpt of each of N random tracks only")
     add("--seconds", type=float, default=30.0, help="length of the excerpts (default: %(default)s)")

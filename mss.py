@@ -102,11 +102,13 @@ def read_samples(file, frames, start=None):
     """
     try:
         start = file.tell() if start is None else file.seek(start)
-        audio = file.read(frames, dtype="float32", always_2d=True)
+        audio = file.read(frames, dtype="int16" if file.subtype == "PCM_16" else "float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise UserError(f"{file.name}: damaged, perhaps truncated, after sample {start}: {error}") from error
     if len(audio) < frames and file.format != "MP3":
         raise UserError(f"{file.name}: truncated: {file.frames} samples expected, found {start + len(audio)}")
+    if audio.dtype == "int16":                                        # soundfile's own conversion is far slower
+        return torch.from_numpy(audio.T.astype("float32", order="C")).mul_(1 / 32768)
     if not np.isfinite(audio).all():
         at = start + int(np.argmin(np.isfinite(audio).all(axis=1)))
         raise UserError(f"{file.name}: finite samples expected, found NaN or infinity at sample {at}")
@@ -243,7 +245,7 @@ class Track:
         """(C, L) float32 samples of a stem, "accompaniment" or "mixture" (without a file: the sum of the stems)."""
         parts = {"accompaniment": SOURCES[1:], "mixture": SOURCES}
         names = [source] if source in self.files else parts[source]
-        return sum(read_audio(self.files[name], start, frames)[0] for name in names)
+        return functools.reduce(torch.Tensor.add_, (read_audio(self.files[name], start, frames)[0] for name in names))
 
 def open_track(folder):
     """A folder of {vocals,bass,drums,other[,mixture]}.{wav,flac,ogg} -> Track. UserError where it is no such one."""
@@ -264,14 +266,22 @@ def open_track(folder):
     return Track(folder.name, files, *formats[files["vocals"].name])
 
 def decode_stems(path, folder):
-    """Decode the five streams of a .stem.mp4 to int16 WAV files in `folder`, which appears when all are there."""
+    """Decode the streams of a .stem.mp4 or the stems of a song's folder to WAV in `folder`, whole or not at all."""
     streams = ("mixture", "drums", "bass", "other", "vocals")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
         song = Path(temporary, "song")
         song.mkdir()
-        run_ffmpeg(path, *itertools.chain.from_iterable(              # int16, as museval's own numbers were made
-            ("-map", f"0:a:{i}", "-c:a", "pcm_s16le", song / f"{name}.wav") for i, name in enumerate(streams)))
+        for source, file in open_track(path).files.items() if path.is_dir() else ():
+            with open_audio(file) as audio:                           # exact: 16 bits are read / 2^15, written x 32767
+                kind, scale = ("PCM_16", 32768 / 32767) if audio.subtype == "PCM_16" else ("FLOAT", 1)
+                wav = song / f"{source}.wav"
+                with write_blocks(wav, audio.samplerate, audio.channels, audio.frames, kind) as write:
+                    for block in read_blocks(audio):
+                        write(block * scale)
+        if path.is_file():
+            run_ffmpeg(path, *itertools.chain.from_iterable(          # int16, as museval's own numbers were made
+                ("-map", f"0:a:{i}", "-c:a", "pcm_s16le", song / f"{name}.wav") for i, name in enumerate(streams)))
         if not folder.is_dir():                                       # another process may have been faster
             song.rename(folder)
 
@@ -290,11 +300,12 @@ def musdb_tracks(root, subset, cache=None):
     """The songs of `subset` ("train", "valid" or "test") below `root` -> list of Track, by name.
 
     ROOT/{train,test}/Artist - Title/vocals.wav ... or ROOT/{train,test}/Artist - Title.stem.mp4, which is decoded once
-    to `cache` (ROOT-wav beside ROOT). Validation songs are those of ROOT/valid or else the 14 official ones of train.
+    to `cache` (ROOT-wav beside ROOT), as flac and ogg stems are where a cache is given, for they take ten times as long
+    to read. Validation songs are those of ROOT/valid or else the 14 official ones of train.
     Raises UserError for a wrong layout, with what was expected and what was found.
     """
-    root = musdb_root(root)
-    cache = Path(cache) if cache else root.with_name(root.name + "-wav")
+    root, every = musdb_root(root), bool(cache)
+    cache = Path(cache or root.with_name(root.name + "-wav"))
     by_title = subset != "test" and not (root / "valid").is_dir()
     folder = root / ("train" if by_title else subset)
     place = folder if folder.is_dir() else root
@@ -309,7 +320,7 @@ def musdb_tracks(root, subset, cache=None):
         found = ", ".join(path.name for path in entries[:5]) or "an empty folder"
         raise UserError(f"{place}: no songs for '{subset}': {expected} expected, found {found}")
     for i, (name, path) in enumerate(songs.items(), 1):
-        if path.is_file():
+        if path.is_file() or every and not (path / "vocals.wav").is_file():
             songs[name] = cache / folder.name / name
             if not songs[name].is_dir():
                 decode_stems(path, songs[name])
@@ -329,7 +340,8 @@ class Segments(torch.utils.data.Dataset):
     """Training examples: [i] -> (mixture (C, L), targets (S, C, L)), a pure function of (seed, i) without an end.
 
     Each source comes from its own random songs (random remix), mix_audio segments of it are summed, except for bass
-    (mix-audio, section 4.2), and the mixture is the sum of the sources.
+    (mix-audio, section 4.2), and the mixture is the sum of the sources. Where a song turns out to be unreadable it is
+    named, `unreadable` counts that, for all workers, and the next draw stands in; UserError after ten in a row.
     """
     def __init__(self, tracks, config, seconds=3.0, mix_audio=2, augment=(), seed=0):
         for track in tracks:
@@ -338,24 +350,37 @@ class Segments(torch.utils.data.Dataset):
         self.tracks, self.config, self.mix_audio, self.augment, self.seed = tracks, config, mix_audio, augment, seed
         self.length = round(seconds * config.sample_rate)
         self.read_length = math.ceil(1.2 * self.length) if "speed" in augment else self.length
+        self.unreadable = torch.zeros(len(tracks), dtype=torch.int64).share_memory_()     # draws of each song
         self.ends = np.cumsum([max(1, track.frames - self.read_length + 1) for track in tracks])
         two = {"vocals", "accompaniment"}                             # as in the published code: these two are
         self.sources = ("vocals", "accompaniment") if two >= set(config.targets) else SOURCES    # learned as a pair
 
-    def segment(self, source, rng):
+    def segment(self, source, rng, tries=10):
         """A random segment of `source`, every position of every song equally likely -> (C, L)."""
         position = int(rng.integers(self.ends[-1]))
         k = int(np.searchsorted(self.ends, position, side="right"))
         start = position - (int(self.ends[k - 1]) if k else 0)
-        audio = to_channels(self.tracks[k].load(source, start, self.read_length), self.config.channels)
+        track = self.tracks[k]
+        try:
+            audio = to_channels(track.load(source, start, self.read_length), self.config.channels)
+            if audio.shape[-1] < min(self.read_length, track.frames - start):
+                raise UserError(f"{track.name}: {source} is shorter than it was")
+        except (OSError, RuntimeError, UserError) as error:           # RuntimeError: stems of several lengths
+            if tries == 1:
+                raise UserError(f"{track.name}: {one_line(error)}") from error
+            if not self.unreadable[k]:
+                print(f"notice: another song instead of {track.name}: {one_line(error)}", file=sys.stderr, flush=True)
+            self.unreadable[k] += 1
+            return self.segment(source, rng, tries - 1)
         for name in self.augment:
             audio = AUGMENTATIONS[name](audio, rng)
-        return F.pad(audio, (0, max(0, self.length - audio.shape[-1])))[:, :self.length]   # songs may be shorter
+        short = self.length - audio.shape[-1]                         # of songs shorter than a segment
+        return F.pad(audio, (0, short)) if short > 0 else audio[:, :self.length]
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, i))
-        source = {name: sum(self.segment(name, rng) for _ in range(1 if name == "bass" else self.mix_audio))
-                  for name in self.sources}
+        source = {name: functools.reduce(torch.Tensor.add_, (
+            self.segment(name, rng) for _ in range(1 if name == "bass" else self.mix_audio))) for name in self.sources}
         mixture = sum(source.values())
         source.setdefault("accompaniment", mixture - source["vocals"])
         return mixture, torch.stack([source[name] for name in self.config.targets])
@@ -366,13 +391,14 @@ def stft(audio, window=2048, hop=441):
     """(..., L) float -> (..., T, F) complex: centred, reflect padding, periodic Hann. T = L // hop + 1."""
     short = max(0, window // 2 + 1 - audio.shape[-1])                 # reflection needs that many: zeros follow
     x = F.pad(audio, (0, short)).flatten(0, -2)
-    X = torch.stft(x, window, hop, window=torch.hann_window(window, device=x.device), return_complex=True)
+    hann = torch.hann_window(window, dtype=x.dtype, device=x.device)
+    X = torch.stft(x, window, hop, window=hann, return_complex=True)
     return X.transpose(1, 2).unflatten(0, audio.shape[:-1])           # (N, F, T) -> (..., T, F)
 
 def istft(X, length, window=2048, hop=441):
     """(..., T, F) complex -> (..., length) float: the inverse of stft."""
-    x = torch.istft(X.flatten(0, -3).transpose(1, 2), window, hop, window=torch.hann_window(window, device=X.device),
-                    length=max(length, window // 2 + 1))
+    hann = torch.hann_window(window, dtype=X.real.dtype, device=X.device)
+    x = torch.istft(X.flatten(0, -3).transpose(1, 2), window, hop, window=hann, length=max(length, window // 2 + 1))
     return x[:, :length].unflatten(0, X.shape[:-2])
 
 # ---- Heads: what the numbers that come out of the network mean -------------------------------------------------------
@@ -522,7 +548,7 @@ class Separator(nn.Module):
         x = self.norm(magnitude_of(X).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)    # (B, F, C, T) and back
         frames = x.shape[2]
         x = F.pad(x[..., :-1], (0, 0, 0, -frames % self.backbone.frame_multiple)) # (B, C, T', F - 1): no Nyquist bin
-        features = self.backbone(x)[:, :, :frames].float()                        # (B, D, T, F - 1)
+        features = self.backbone(x)[:, :, :frames].to(X.real.dtype)                        # (B, D, T, F - 1)
         with torch.autocast(mixture.device.type, enabled=False):
             heads = {name: head(features).unflatten(1, (-1, config.channels))     # (B, S, C, T, F - 1)
                      for name, head in self.heads.items()}
@@ -728,7 +754,7 @@ def convolution_rate(device, dtype):
     """The FLOP/s of a 3x3 convolution of 384 features, the ResUNet's widest: what the machine can do now."""
     import torch.utils.benchmark                                      # 90 ms, for the benchmark only
     x, conv = (thing.to(device, dtype, memory_format=torch.channels_last) for thing in (
-        torch.randn(1, 384, 64, 64), nn.Conv2d(384, 384, 3, padding=1, bias=False)))
+        torch.randn(1 if device.type == "cpu" else 32, 384, 64, 64), nn.Conv2d(384, 384, 3, padding=1, bias=False)))
     timer = torch.utils.benchmark.Timer("conv(x)", globals={"conv": conv, "x": x}, num_threads=torch.get_num_threads())
     return 2 * 9 * 384 * x.numel() / timer.blocked_autorange(min_run_time=0.2).median
 

@@ -6,10 +6,13 @@ import ast
 import base64
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import http.server
 import io
 import json
+import math
+import multiprocessing
 import os
 import re
 import resource
@@ -72,7 +75,7 @@ def checkpoint(tmp_path):
 def call(main, *argv):
     """Run a script's main as its command line would -> (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in train.SIGNALS}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
         mss.run(lambda: main([str(word) for word in argv]))
     for number, handler in handlers.items():
@@ -571,18 +574,151 @@ def test_resumed_equals_uninterrupted(songs, trained, tmp_path):
     assert equal(weights(out / "last.pt"), weights(trained / "last.pt"))
     assert "done at step 8" in call(train.main, *flags(songs, out))[1]            # nothing left to do
 
+def test_killed_at_any_moment(songs, tmp_path):
+    """kill -9, again and again; what comes of it equals an undisturbed run, averaged weights and optimizer too."""
+    settings = dict(steps=30, ema=0.9, workers=1, save_every=2, segment=0.25, validate_every=15)
+    runs = [flags(songs, tmp_path / name, **settings) for name in ("killed", "whole")]
+    last, steps = tmp_path / "killed" / "last.pt", []
+    for seconds in (0, 0.1, 0.3):                                     # after the first save of that process
+        before, deadline = last.stat().st_mtime_ns if last.exists() else 0, time.time() + 60
+        process = subprocess.Popen([sys.executable, HERE / "train.py", *runs[0]], stdout=subprocess.DEVNULL)
+        while time.time() < deadline and not (last.exists() and last.stat().st_mtime_ns > before):
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        steps.append(torch.load(last, weights_only=True)["step"])
+    assert 0 < steps[0] <= steps[-1]
+    (tmp_path / "killed" / ".partial-1-last.pt").touch()
+    assert all(call(train.main, *run)[0] == 0 for run in runs)
+    killed, whole = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("killed", "whole"))
+    assert equal(killed["model"], whole["model"]) and equal(killed["raw"], whole["raw"])
+    assert all(equal(killed["optimizer"]["state"][i], state) for i, state in whole["optimizer"]["state"].items())
+    logs = [[(row["step"], row["valid_sdr_vocals"]) for row in read_csv(tmp_path / name / "log.csv")]
+            for name in ("killed", "whole")]
+    assert logs[0] == logs[1] and not list(tmp_path.glob("killed/.partial*"))
+
+def test_the_loop_against_a_plain_one(songs, tmp_path):
+    settings = dict(steps=50, segment=0.25, lr=2e-3, warmup=5, log_every=1, validate_every=50)
+    assert call(train.main, *flags(songs, tmp_path, **settings))[0] == 0
+    config = mss.Config(model="UNetDecouple+", width=2)
+    segments = mss.Segments(mss.musdb_tracks(songs, "train"), config, 0.25)
+    torch.manual_seed(0)
+    model = mss.MODELS["UNetDecouple+"](config).to(memory_format=torch.channels_last)
+    optimizer, losses = torch.optim.Adam(model.parameters(), amsgrad=True), []
+    for step in range(50):
+        mixture, targets = (torch.stack(x) for x in zip(segments[2 * step], segments[2 * step + 1]))
+        optimizer.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 5, 1)
+        optimizer.zero_grad()
+        loss = (model(mixture) - targets).abs().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    logged = [float(row["loss"]) for row in read_csv(tmp_path / "log.csv") if row["loss"]]
+    assert np.allclose(logged, losses, rtol=1e-6, atol=0) and losses[-1] < losses[0]
+
+def gradients(root, model, out):
+    """Two steps in float64 of the processes that the environment tells of -> out: losses, gradients and statistics."""
+    args = train.parse(flags(root, "-", batch_size=4, accumulate=2))
+    config = mss.Config(model=model, width=2)
+    segments = mss.Segments(mss.musdb_tracks(root, "train"), config, 0.5)
+    data = ([x.double() for x in batch] for batch in train.batches(segments, args, 0))
+    torch.manual_seed(0)
+    model = mss.MODELS[model](config).double().train()
+    if train.WORLD > 1:
+        train.dist.init_process_group()
+    network, optimizer = train.network_of(model, args), train.adam(model, 1e-3)
+    losses = [train.learn(network, optimizer, data, args)[0] for _ in range(2)]
+    if train.RANK == 0:
+        statistics = {name: value for name, value in model.named_buffers() if value.is_floating_point()}
+        torch.save({"losses": torch.tensor(losses), **statistics,
+                    "gradients": torch.cat([parameter.grad.flatten() for parameter in model.parameters()])}, out)
+
+def torchrun(*command):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           *map(str, command)],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+def test_two_processes_learn_what_one_does(songs, tmp_path):
+    """In float64: of float32's rounding alone this network's gradients, of an L1 norm and of angles, change by 1e-3."""
+    gradients(songs, "ResUNetDecouple+", tmp_path / "one.pt")
+    call_ = f"test_mss.gradients({str(songs)!r}, 'ResUNetDecouple+', {str(tmp_path / 'two.pt')!r})"
+    (tmp_path / "two.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_mss; {call_}")
+    done = torchrun(tmp_path / "two.py")
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    for name in one:
+        assert (one[name] - two[name]).norm() < 1e-8 * one[name].norm(), name
+
+def test_two_processes_train_and_one_resumes(songs, trained, tmp_path):
+    root, out = shutil.copytree(songs, tmp_path / "root"), tmp_path / "run"
+    shutil.copytree(songs / "test" / "Synthetic - Song 4", root / "valid" / "Synthetic - Song 4")
+    done = torchrun(HERE / "train.py", *flags(root, tmp_path / "bf16", steps=1), "--bf16", "--checkpoint-blocks")
+    assert done.returncode == 0, done.stderr
+    done = torchrun(HERE / "train.py", *flags(root, out, steps=4, ema=0.5))
+    assert done.returncode == 0 and done.stdout.count("done at step 4") == 1, done.stderr
+    _, average, state = mss.load_checkpoint(out / "last.pt")
+    assert state["step"] == state["validated"] == 4
+    scores = train.validate(average, mss.musdb_tracks(root, "valid"), False, [])
+    logged = float(read_csv(out / "log.csv")[-1]["valid_sdr_vocals"])
+    assert scores["valid_sdr_vocals"] == pytest.approx(logged, abs=1e-3)
+    code, stdout, _ = call(train.main, *flags(root, out, ema=0.5))
+    assert code == 0 and "at step 4" in stdout
+    ours, theirs = (np.array([float(row["loss"]) for row in read_csv(folder / "log.csv") if row["loss"]])
+                    for folder in (out, trained))
+    assert abs(ours[0] / theirs[0] - 1) < 1e-3 and np.abs(ours / theirs - 1).max() < 0.05      # the same examples
+    fails(train.main, *flags(root, out, accumulate=3), saying=("--batch-size", "multiples of 3"))
+
+def test_blocks_computed_again_change_nothing():
+    results = []
+    for again in ([], ["--checkpoint-blocks"]):
+        config, model = small("ResUNetDecouple+")
+        calls = []
+        model.backbone.after[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+        args = train.parse(["--musdb", "-", "--batch-size", "2", "--accumulate", "2", *again])
+        network, optimizer = train.network_of(model, args), train.adam(model, 1e-3)
+        batches = iter([(noise(1, 2, 5000, seed=i), noise(1, 1, 2, 5000, seed=9 + i)) for i in range(6)])
+        results.append([train.learn(network, optimizer, batches, args)[0] for _ in range(3)] + [model.state_dict()])
+        assert len(calls) == 3 * 2 * (2 if again else 1)              # 3 steps of 2 parts
+    assert results[0][:3] == results[1][:3] and equal(results[0][3], results[1][3])
+
+def test_several_targets_fine_tuned_and_timed(songs, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert call(train.main, *flags(songs, first, source="vocals,drums,bass,other", ema=0.5))[0] == 0
+    config, model, state = mss.load_checkpoint(first / "best.pt")
+    assert config.targets == ("vocals", "drums", "bass", "other")
+    assert all(math.isfinite(state[f"valid_sdr_{target}"]) for target in config.targets)
+    changes = dict(model=None, width=None, init=first / "best.pt", hours=1e-9, seed=1)
+    code, stdout, _ = call(train.main, *flags(songs, second, **changes))
+    assert code == 0 and "out of --hours at step 1" in stdout
+    tuned = mss.load_checkpoint(second / "last.pt")[1]
+    assert all((a - b).abs().max() < 1e-2 for a, b in zip(tuned.parameters(), model.parameters()))
+    assert tuned.config.targets == config.targets and (first / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    fails(train.main, *flags(songs, tmp_path, init=first / "best.pt", source="vocals"), saying=("--init", "number"))
+    fails(train.main, *flags(songs, second, source="vocals,vocals"), saying=("--source", "vocals,vocals"))
+
+def test_a_cache_holds_what_the_files_hold(songs, tmp_path):
+    for song, cached in zip(mss.musdb_tracks(songs, "train"), mss.musdb_tracks(songs, "train", tmp_path)):
+        assert cached.files["bass"] == tmp_path / "train" / song.name / "bass.wav"
+        assert all(torch.equal(song.load(source), cached.load(source)) for source in song.files)
+
+def test_benchmarks_rows(songs, tmp_path):
+    code, stdout, _ = call(train.main, *flags(songs, tmp_path, benchmark=0.1, workers=1))
+    assert code == 0 and re.search(r"(?m)^bfloat16( +[\d.]+%?){7}$", stdout) and "segments/s" in stdout, stdout
+
 def test_checkpoint_log_and_true_best(songs, trained):
     last = torch.load(trained / "last.pt", weights_only=True)
     assert last["step"] == 8 and last["config"]["model"] == "UNetDecouple+" and "optimizer" in last
     rows = read_csv(trained / "log.csv")
     assert [int(row["step"]) for row in rows if row["loss"]] == [2, 4, 6, 8]
-    scores = {int(row["step"]): float(row["valid_sdr"]) for row in rows if row["valid_sdr"]}
+    scores = {int(row["step"]): float(row["valid_sdr_vocals"]) for row in rows if row["valid_sdr_vocals"]}
     assert list(scores) == [3, 6, 8]
     config, model, state = mss.load_checkpoint(trained / "best.pt")
-    assert state["valid_sdr"] == max(scores.values()) and state["step"] == max(scores, key=scores.get)
+    assert state["valid_sdr_vocals"] == pytest.approx(max(scores.values()), abs=1e-4)
+    assert state["step"] == max(scores, key=scores.get)
     (track,) = mss.musdb_tracks(songs, "valid")
     scores, _, _ = evaluate.compare(track, *evaluate.separated(model, track))
-    assert evaluate.median(scores["estimate"]["vocals"]["SDR"]) == pytest.approx(state["valid_sdr"], abs=1e-4)
+    assert evaluate.median(scores["estimate"]["vocals"]["SDR"]) == pytest.approx(state["valid_sdr_vocals"], abs=1e-4)
 
 def test_learning_rate_is_the_papers():
     for step, rate in ((1, 1e-6), (500, 5e-4), (14_999, 1e-3), (45_000, 1e-3 * 0.9 ** 3)):
@@ -596,7 +732,7 @@ def test_sdr_rises_on_the_built_in_songs(songs, tmp_path):
     settings = dict(steps=40, width=4, lr=5e-3, warmup=3, validate_every=20, batch_size=4)
     assert call(train.main, *flags(songs, out, **settings))[0] == 0
     losses, scores = ([float(row[name]) for row in read_csv(out / "log.csv") if row[name]]
-                      for name in ("loss", "valid_sdr"))
+                      for name in ("loss", "valid_sdr_vocals"))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]) and scores[-1] > scores[0]
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -629,13 +765,38 @@ def test_an_mp3_is_as_long_as_it_plays(checkpoint, tmp_path):
     vocals, accompaniment = stems(tmp_path / "song")
     assert vocals.shape == mixture.shape and torch.allclose(vocals + accompaniment, mixture, rtol=0, atol=1e-6)
 
-def test_an_error_in_a_worker_ends_the_run(songs, tmp_path):
+def test_a_broken_song_is_named_counted_and_left_out(songs, tmp_path):
     root = shutil.copytree(songs, tmp_path / "root")
-    stem = root / "train" / "Synthetic - Song 0" / "vocals.flac"
-    stem.write_bytes(stem.read_bytes()[:9000])                        # its header is whole: found out while training
-    command = [sys.executable, HERE / "train.py", *flags(root, tmp_path / "run", steps=500, workers=2)]
+    shutil.copytree(songs / "valid" / "Synthetic - Song 3", root / "valid" / "Synthetic - Song 5")
+    for stem in ("train/Synthetic - Song 0/vocals.flac", "valid/Synthetic - Song 3/bass.flac"):
+        os.truncate(root / stem, 9000)                                # its header is whole: found out while training
+    code, _, stderr = call(train.main, *flags(root, tmp_path / "run", steps=10))
+    assert code == 0 and stderr.count("vocals.flac") == 1 and "not validated: Synthetic - Song 3" in stderr, stderr
+    rows = read_csv(tmp_path / "run" / "log.csv")
+    assert int(rows[-2]["unreadable"]) > 3 and math.isfinite(float(rows[-1]["valid_sdr_vocals"]))
+    track, other = mss.musdb_tracks(songs, "train")[:2]
+    files = {**track.files, "bass": tmp_path / "bass.wav"}
+    mss.write_audio(files["bass"], noise(2, 5000), RATE)              # shorter than it was
+    segments = mss.Segments([dataclasses.replace(track, files=files), other], mss.Config(targets=("bass",)), 0.5)
+    assert all(segments[i][1].shape == (1, 2, RATE // 2) for i in range(8))
+    assert segments.unreadable[0] > 0 == segments.unreadable[1]
+    for stem in root.glob("train/*/vocals.flac"):
+        os.truncate(stem, 9000)
+    command = [sys.executable, HERE / "train.py", *flags(root, tmp_path / "all", steps=500, workers=2)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "vocals.flac" in done.stderr, done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "train.py: error" in done.stderr, done.stderr
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_a_dead_worker_is_replaced(songs, tmp_path, capfd, at):
+    segments = mss.Segments(mss.musdb_tracks(songs, "train"), mss.Config(), 0.5)
+    data = train.batches(segments, train.parse(flags(songs, tmp_path, workers=2, steps=20)), 0)
+    for step in range(20):
+        mixture, _ = next(data)
+        assert torch.equal(mixture, torch.stack([segments[2 * step][0], segments[2 * step + 1][0]]))
+        if step == at:
+            multiprocessing.active_children()[at % 2].kill()
+    assert "starting the loader anew" in capfd.readouterr().err
+    train.end_workers()
 
 def test_an_interrupted_validation_is_made_up_for(songs, tmp_path, monkeypatch):
     out, compare = tmp_path / "run", evaluate.compare
@@ -644,23 +805,59 @@ def test_an_interrupted_validation_is_made_up_for(songs, tmp_path, monkeypatch):
     monkeypatch.undo()
     for _ in range(2):                                                # the second time there is nothing left to do
         assert call(train.main, *flags(songs, out, steps=3))[0] == 0
-    (row,) = [row for row in read_csv(out / "log.csv") if row["valid_sdr"]]
+    (row,) = [row for row in read_csv(out / "log.csv") if row["valid_sdr_vocals"]]
     last, best = (torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt"))
     assert last["validated"] == best["step"] == int(row["step"]) == 3
-    assert last["best"] == best["valid_sdr"] == float(row["valid_sdr"])
+    assert last["best"] == best["valid_sdr_vocals"] == pytest.approx(float(row["valid_sdr_vocals"]), abs=1e-4)
 
     monkeypatch.setattr(evaluate, "separated", lambda model, track, bf16: (
         track.load("mixture"), {"vocals": 99 * track.load("mixture")}))                       # a worse one
     assert call(train.main, *flags(songs, out, steps=4))[0] == 0
     assert torch.load(out / "best.pt", weights_only=True)["step"] == 3
 
-def test_what_is_not_finite_is_neither_learned_nor_saved(songs, tmp_path, monkeypatch):
-    out, real = tmp_path / "run", torch.nn.utils.get_total_norm
-    norms = iter([1.0, 1.0, float("nan")])
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: real(grads) * next(norms))
-    fails(train.main, *flags(songs, out, save_every=1), saying=("step 3", "gradient norm nan", "--lr"))
-    last = torch.load(out / "last.pt", weights_only=True)
-    assert last["step"] == 2 and all(torch.isfinite(value).all() for value in last["model"].values())
+def test_what_is_not_finite_is_skipped_and_20_in_a_row_the_end(songs, tmp_path, monkeypatch):
+    real = train.gradient
+
+    def spoil(network, data, args):                                   # as an overflow in the network would
+        loss, waited = real(network, data, args)
+        spoil.step += 1
+        if spoil.step in spoil.bad:
+            value = next(network.parameters()).grad if spoil.step == 4 else loss
+            for value in (value, next(network.buffers())):
+                value.fill_(math.nan)
+        return loss, waited
+    spoil.step, spoil.bad = 0, {3, 4, *range(10, 99)}
+    monkeypatch.setattr(train, "gradient", spoil)
+    out = tmp_path / "run"
+    assert call(train.main, *flags(songs, out, steps=8, ema=0.9))[0] == 0
+    last, rows = torch.load(out / "last.pt", weights_only=True), read_csv(out / "log.csv")
+    assert last["skipped"] == 2 and [row["skipped"] for row in rows if row["loss"]] == ["0", "2", "2", "2"]
+    assert all(torch.isfinite(value).all() for name in ("model", "raw") for value in last[name].values())
+    fails(train.main, *flags(songs, out, steps=50, ema=0.9), saying=("20 steps", "to step 29", "loss nan", "--lr"))
+    assert torch.load(out / "last.pt", weights_only=True)["step"] > 8
+
+def test_a_full_disk_ends_a_run_only_at_its_end(songs, trained, tmp_path, monkeypatch):
+    real, out = mss.save_checkpoint, tmp_path / "run"
+
+    def save(path, *words, **state):
+        if state["step"] in full or path.name in full:
+            raise mss.UserError(f"{path}: No space left on device")
+        real(path, *words, **state)
+    monkeypatch.setattr(mss, "save_checkpoint", save)
+    full = {3, 8}                                                     # the first save, and the last one
+    fails(train.main, *flags(songs, out), saying=("No space left",))
+    full = {6}
+    code, _, stderr = call(train.main, *flags(songs, out))
+    assert code == 0 and "going on" in stderr and equal(weights(out / "last.pt"), weights(trained / "last.pt"))
+    full = {9}
+    fails(train.main, *flags(songs, out, steps=9), saying=("No space left",))
+    assert equal(weights(out / "last.pt"), weights(trained / "last.pt"))
+    monkeypatch.setattr(train.evaluate, "median", lambda values, how=None: 99.0)              # the best so far
+    full = {"best.pt"}
+    fails(train.main, *flags(songs, out, steps=9), saying=("best.pt", "No space left"))
+    full = ()
+    assert call(train.main, *flags(songs, out, steps=9))[0] == 0
+    assert torch.load(out / "best.pt", weights_only=True)["step"] == 9
 
 def test_silent_validation_songs_are_refused_at_the_start(songs, tmp_path):
     for stem in (root := shutil.copytree(songs, tmp_path / "root")).glob("valid/*/vocals.flac"):
@@ -832,9 +1029,7 @@ def test_torchrun_shares_the_songs_out(checkpoint, tmp_path):
     for i in range(5):
         mss.write_audio(tmp_path / "songs" / f"{i}.wav", noise(2, 5000), RATE)
     (tmp_path / "songs" / "bad.wav").write_bytes(b"junk")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               HERE / "separate.py", tmp_path / "songs", "-m", checkpoint, "-o", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = torchrun(HERE / "separate.py", tmp_path / "songs", "-m", checkpoint, "-o", tmp_path / "out")
     assert done.returncode == 1 and "1 of 6 songs failed" in done.stderr, done.stderr
     assert sorted(re.findall(r"^\[\d/6\] .*?(\d)\.wav", done.stdout, re.MULTILINE)) == list("01234")
     assert sorted(path.parent.name for path in (tmp_path / "out").rglob("vocals.wav")) == list("01234")
@@ -972,8 +1167,8 @@ def test_equations_stand_at_their_lines():
 
 def test_files_keep_their_budgets():
     lengths = []
-    for name, budget in {"mss.py": 750, "train.py": 350, "separate.py": 300, "evaluate.py": 500,
-                         "test_mss.py": 1000}.items():
+    for name, budget in {"mss.py": 780, "train.py": 670, "separate.py": 300, "evaluate.py": 505,
+                         "test_mss.py": 1200}.items():
         source = (HERE / name).read_text()
         assert source.count("\n") <= budget, name
         functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
