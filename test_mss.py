@@ -714,8 +714,7 @@ def test_checkpoint_log_and_true_best(songs, trained):
     scores = {int(row["step"]): float(row["valid_sdr_vocals"]) for row in rows if row["valid_sdr_vocals"]}
     assert list(scores) == [3, 6, 8]
     config, model, state = mss.load_checkpoint(trained / "best.pt")
-    assert state["valid_sdr_vocals"] == pytest.approx(max(scores.values()), abs=1e-4)
-    assert state["step"] == max(scores, key=scores.get)
+    assert state["valid_sdr_vocals"] == max(scores.values()) and state["step"] == max(scores, key=scores.get)
     (track,) = mss.musdb_tracks(songs, "valid")
     scores, _, _ = evaluate.compare(track, *evaluate.separated(model, track))
     assert evaluate.median(scores["estimate"]["vocals"]["SDR"]) == pytest.approx(state["valid_sdr_vocals"], abs=1e-4)
@@ -808,7 +807,7 @@ def test_an_interrupted_validation_is_made_up_for(songs, tmp_path, monkeypatch):
     (row,) = [row for row in read_csv(out / "log.csv") if row["valid_sdr_vocals"]]
     last, best = (torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt"))
     assert last["validated"] == best["step"] == int(row["step"]) == 3
-    assert last["best"] == best["valid_sdr_vocals"] == pytest.approx(float(row["valid_sdr_vocals"]), abs=1e-4)
+    assert last["best"] == best["valid_sdr_vocals"] == float(row["valid_sdr_vocals"])
 
     monkeypatch.setattr(evaluate, "separated", lambda model, track, bf16: (
         track.load("mixture"), {"vocals": 99 * track.load("mixture")}))                       # a worse one
@@ -1167,7 +1166,7 @@ def test_equations_stand_at_their_lines():
 
 def test_files_keep_their_budgets():
     lengths = []
-    for name, budget in {"mss.py": 780, "train.py": 670, "separate.py": 300, "evaluate.py": 505,
+    for name, budget in {"mss.py": 780, "train.py": 660, "separate.py": 300, "evaluate.py": 505,
                          "test_mss.py": 1200}.items():
         source = (HERE / name).read_text()
         assert source.count("\n") <= budget, name

@@ -319,11 +319,9 @@ class Log:
         self.shown = self.next = -math.inf                            # when; when log.csv may be written again
         self.clear()
         try:
-            with open(self.path, newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file)      # without those of steps to be done again
-                             if int(row["step"]) <= run["step" if row["loss"] else "validated"]]
-        except FileNotFoundError:
-            pass
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            self.rows = [row for row in csv.DictReader(lines)         # without those of steps to be done again
+                         if int(row["step"]) <= run["step" if row["loss"] else "validated"]]
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             print(f"notice: {self.path}: begun anew, for it was damaged: {mss.one_line(error)}", file=sys.stderr)
 
@@ -416,7 +414,7 @@ def learn(network, optimizer, data, args, flags=()):
 
 def keep_best(args, run, model, scores, log, must):
     """Log and print a validation's scores; save the model if their mean over the targets is the highest so far."""
-    log.rows.append({"step": run["step"], **{name: f"{score:.4f}" for name, score in scores.items()}})
+    log.rows.append({"step": run["step"], **scores})
     run["validated"] = run["step"]
     print(f"step {run['step']}: validation {evaluate.SDR}: " + ", ".join(
         "{} {:.2f} dB, mixture as estimate {:.2f} dB".format(
@@ -507,7 +505,7 @@ def measure(args, name, changes, real):
 def benchmark(args):
     """Print what the steps and the loader do; each row is measured for args.benchmark seconds by a new process."""
     cuda, args.steps, args.initial = mss.pick_device(args.device).type == "cuda", 1 << 40, None
-    args.musdb = args.musdb or synthetic_musdb(args.out / "songs")
+    segments, _ = open_data(args, mss.Config(model=args.model, targets=args.source))      # the rows find them, too
     print(f"{args.model}, width {args.width}, batch {args.batch_size} of {args.segment:g} s, "
           f"{mss.pick_device(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{args.workers} workers\n"
@@ -523,7 +521,7 @@ def benchmark(args):
     for name, changes in rows.items():
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             print(pool.submit(measure, args, name, changes, "real" in name).result(), flush=True)
-    data = batches(open_data(args, mss.Config(model=args.model, targets=args.source))[0], args, 0)
+    data = batches(segments, args, 0)
     next(data)                                                        # when the workers have started
     n, start = 0, time.perf_counter()
     while (seconds := time.perf_counter() - start) < args.benchmark:
@@ -533,13 +531,6 @@ def benchmark(args):
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
-def sources(text):
-    """"vocals,drums" -> ("vocals", "drums")"""
-    names = tuple(text.split(","))
-    if len(set(names)) < len(names) or not set(names) <= set(LEARNING_RATE):
-        raise argparse.ArgumentTypeError(f"some of {','.join(LEARNING_RATE)} expected, found {text}")
-    return names
-
 def interval(text):
     """"5000" -> (5000 steps, any s), "600s" -> (any steps, 600 s)"""
     return (math.inf, float(text[:-1])) if text.endswith("s") else (int(text), math.inf)
@@ -547,8 +538,8 @@ def interval(text):
 def parse(argv):
     parser = mss.parser(__doc__)
     add = parser.add_argument
-    add("--source", "--target", default=("vocals",), type=sources, help="what to separate, such as vocals or "
-        "vocals,bass,drums,other with one network (default: vocals)")
+    add("--source", "--target", default="vocals", help="what to separate, such as vocals or vocals,bass,drums,other "
+        "with one network (default: vocals)")
     add("--musdb", default=os.environ.get("MUSDB_PATH"), help="dataset folder (env MUSDB_PATH); without it a small "
         "network trains on built-in synthetic songs")
     add("--cache", help="where .stem.mp4 (default: ROOT-wav beside ROOT) and, if given, flac and ogg are decoded to")
@@ -579,8 +570,11 @@ def parse(argv):
     parser.set_defaults(initial=None, **(PAPER if args.musdb else DEMO))
     if args.init:
         config, initial, _ = mss.load_checkpoint(separate.checkpoint_path(args.init))
-        parser.set_defaults(initial=initial, model=config.model, width=config.width, source=config.targets)
+        parser.set_defaults(initial=initial, model=config.model, width=config.width, source=",".join(config.targets))
     args = parser.parse_args(argv)
+    args.source = tuple(args.source.split(","))
+    if not set(args.source) <= set(LEARNING_RATE) or len(set(args.source)) < len(args.source):
+        parser.error(f"--source {','.join(args.source)}: some of {','.join(LEARNING_RATE)} expected, each once")
     args.out = Path(args.out or f"runs/{'-'.join(args.source)}")
     args.lr = float(np.mean([LEARNING_RATE[name] for name in args.source])) if args.lr is None else args.lr
     args.save_every = tuple(map(min, zip(*args.save_every)))          # steps, seconds
