@@ -31,6 +31,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import baselines
+
 SOURCES = ("vocals", "bass", "drums", "other")  # "accompaniment" is the sum of the last three
 
 class UserError(ValueError):
@@ -39,16 +41,23 @@ class UserError(ValueError):
 def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
+SIZES = dict.fromkeys(("PM-Unet", "PM-Unet-conv"), (28, 4096, 1024)) | {    # width, window, hop where not the paper's
+    "Wave-U-Net": (64, 2048, 441), "Wave-U-Net-12": (24, 2048, 441), "DPRNN": (128, 2048, 441)}
+
 @dataclasses.dataclass
 class Config:
-    """Everything needed to rebuild a model; saved as a dict inside every checkpoint."""
+    """Everything needed to rebuild a model; saved as a dict inside every checkpoint. Sizes of 0 become SIZES'."""
     model: str = "ResUNetDecouple+"             # a key of MODELS
     targets: tuple = ("vocals",)                # what the model estimates, in this order: S of them
     sample_rate: int = 44100                    # Hz
     channels: int = 2                           # C
-    width: int = 32                             # features of the first encoder; the others are multiples of it
-    window: int = 2048                          # samples, the FFT's length too: F = window / 2 + 1 = 1025 bins
-    hop: int = 441                              # samples: 10 ms
+    width: int = 0                              # features of the first encoder; the others are multiples of it: 32
+    window: int = 0                             # samples, the FFT's length too: 2048, F = window / 2 + 1 = 1025 bins
+    hop: int = 0                                # samples: 441, which are 10 ms
+
+    def __post_init__(self):
+        given, sizes = (self.width, self.window, self.hop), SIZES.get(self.model, (32, 2048, 441))
+        self.width, self.window, self.hop = (size or published for size, published in zip(given, sizes))
 
 # ---- Audio files. Arrays are (L, C) only inside read_samples and write_blocks ----------------------------------------
 
@@ -183,7 +192,7 @@ def to_channels(audio, channels):
 ZEROS = 96                                      # zero crossings of the sinc on each side: passband to 0.92 Nyquist
 ATTENUATION = 120                               # dB, from the lower of both Nyquist frequencies on
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def sinc_kernel(up, down):
     """The windowed sinc of each of the `up` output phases: ((up, 1, down + 2 * half) float32, half)."""
     scale = min(1.0, up / down)                                       # the lower rate, in units of the input's
@@ -329,11 +338,21 @@ def musdb_tracks(root, subset, cache=None):
 
 # ---- Training examples -----------------------------------------------------------------------------------------------
 
-AUGMENTATIONS = {   # optional: (C, L), rng -> (C, L'); the README gives the evidence for each
-    "gain": lambda x, rng: x * rng.uniform(0.25, 1.25),
-    "swap": lambda x, rng: x.flip(0) if rng.random() < 0.5 else x,
-    "flip": lambda x, rng: -x if rng.random() < 0.5 else x,
-    "speed": lambda x, rng: resample(x, int(rng.integers(80, 121)), 100),       # 0.8 to 1.2 times, pitch too
+def part(x, rng, low, high):
+    """The places of a random part of x (C, L), `low` to `high` times as long."""
+    length = int(x.shape[1] * rng.uniform(low, high))
+    return torch.arange(length) + int(rng.integers(x.shape[1] - length + 1))
+
+AUGMENTATIONS = {   # optional, in PM-Unet's order: probability, (C, L), rng -> (C, L'); pitch and reverse: vocals only
+    "shift": (0.5, lambda x, rng: x[:, rng.integers(min(8192, x.shape[1]) + 1):]),
+    "pitch": (0.2, lambda x, rng: resample(
+        baselines.stretch(x, percent := int(rng.integers(75, 134))), percent, 100)[:, :x.shape[1]]),    # +-5 semitones
+    "speed": (0.2, lambda x, rng: resample(x, int(rng.integers(80, 131)), 100)),      # 0.8 to 1.3 times, pitch too
+    "swap": (0.5, lambda x, rng: x.flip(0)), "flip": (0.5, lambda x, rng: -x),
+    "gain": (1.0, lambda x, rng: x * rng.uniform(0.25, 1.25)),
+    "mask": (0.1, lambda x, rng: x.index_fill(1, part(x, rng, 0, min(1, 88200 / max(1, x.shape[1]))), 0)),
+    "mono": (0.1, lambda x, rng: x[[int(rng.integers(len(x)))] * len(x)]),            # left or right
+    "reverse": (0.2, lambda x, rng: x.index_copy(1, i := part(x, rng, 0.2, 0.4), x[:, i.flip(0)])),
 }
 
 class Segments(torch.utils.data.Dataset):
@@ -349,7 +368,7 @@ class Segments(torch.utils.data.Dataset):
                 raise UserError(f"{track.name}: {config.sample_rate} Hz expected, found {track.sample_rate} Hz")
         self.tracks, self.config, self.mix_audio, self.augment, self.seed = tracks, config, mix_audio, augment, seed
         self.length = round(seconds * config.sample_rate)
-        self.read_length = math.ceil(1.2 * self.length) if "speed" in augment else self.length
+        self.read_length = math.ceil(self.length * (1.3 if "speed" in augment else 1)) + 8192 * ("shift" in augment)
         self.unreadable = torch.zeros(len(tracks), dtype=torch.int64).share_memory_()     # draws of each song
         self.ends = np.cumsum([max(1, track.frames - self.read_length + 1) for track in tracks])
         two = {"vocals", "accompaniment"}                             # as in the published code: these two are
@@ -372,10 +391,11 @@ class Segments(torch.utils.data.Dataset):
                 print(f"notice: another song instead of {track.name}: {one_line(error)}", file=sys.stderr, flush=True)
             self.unreadable[k] += 1
             return self.segment(source, rng, tries - 1)
-        for name in self.augment:
-            audio = AUGMENTATIONS[name](audio, rng)
-        short = self.length - audio.shape[-1]                         # of songs shorter than a segment
-        return F.pad(audio, (0, short)) if short > 0 else audio[:, :self.length]
+        for name in filter(self.augment.__contains__, AUGMENTATIONS):
+            probability, function = AUGMENTATIONS[name]
+            if rng.random() < probability and (source == "vocals" or name not in ("pitch", "reverse")):
+                audio = function(audio if name in ("shift", "pitch", "speed") else audio[:, :self.length], rng)
+        return F.pad(audio, (0, max(0, self.length - audio.shape[-1])))[:, :self.length]     # of a short song: zeros
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, i))
@@ -387,12 +407,11 @@ class Segments(torch.utils.data.Dataset):
 
 # ---- Spectrograms: (B, C, L) <-> (B, C, T, F) complex; any leading axes ----------------------------------------------
 
-def stft(audio, window=2048, hop=441):
-    """(..., L) float -> (..., T, F) complex: centred, reflect padding, periodic Hann. T = L // hop + 1."""
-    short = max(0, window // 2 + 1 - audio.shape[-1])                 # reflection needs that many: zeros follow
-    x = F.pad(audio, (0, short)).flatten(0, -2)
+def stft(audio, window=2048, hop=441, padding="reflect"):
+    """(..., L) float -> (..., T, F) complex: centred, periodic Hann. T = L // hop + 1. Reflected, frame 0 is real."""
+    x = F.pad(audio, (0, max(0, window // 2 + 1 - audio.shape[-1]))).flatten(0, -2)   # reflection needs that many
     hann = torch.hann_window(window, dtype=x.dtype, device=x.device)
-    X = torch.stft(x, window, hop, window=hann, return_complex=True)
+    X = torch.stft(x, window, hop, window=hann, pad_mode=padding, return_complex=True)
     return X.transpose(1, 2).unflatten(0, audio.shape[:-1])           # (N, F, T) -> (..., T, F)
 
 def istft(X, length, window=2048, hop=441):
@@ -515,11 +534,9 @@ def fold_batch_norms(model):
     """Merge each batch norm that follows a convolution into it -> model: faster, equal up to rounding, not to train."""
     for module in model.modules():
         if isinstance(module, (ResBlock, nn.Sequential)):             # whose children are in the order of their use
-            children = list(module.named_children())
-            for (before, conv), (after, norm) in zip(children, children[1:]):
-                if isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(norm, nn.BatchNorm2d):
-                    transposed = isinstance(conv, nn.ConvTranspose2d)
-                    setattr(module, before, torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm, transposed))
+            for (before, conv), (after, norm) in itertools.pairwise(module.named_children()):
+                if isinstance(conv, nn.modules.conv._ConvNd) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                    setattr(module, before, torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm, conv.transposed))
                     setattr(module, after, nn.Identity())
     return model
 
@@ -530,9 +547,8 @@ class Separator(nn.Module):
     def __init__(self, config, backbone, rule):
         super().__init__()
         self.config, self.rule = config, rule
-        bins = config.window // 2 + 1
         maps = len(config.targets) * config.channels
-        self.norm = batch_norm(bins)                                  # of |X|, per bin: not in the paper
+        self.norm = batch_norm(config.window // 2 + 1)                # of |X|, per bin: not in the paper
         self.backbone = backbone(config.channels, config.width)
         names = list(inspect.signature(rule).parameters)[1:]
         self.heads = nn.ModuleDict({name: nn.Conv2d(config.width, maps, 1) for name in names})   # J = maps * len(names)
@@ -556,6 +572,25 @@ class Separator(nn.Module):
             Y = F.pad(self.rule(X[:, None, ..., :-1], **heads), (0, 1))           # (B, S, C, T, F): 0 at Nyquist
             return istft(Y, mixture.shape[-1], config.window, config.hop)         # (B, S, C, L)
 
+class Relative(nn.Module):
+    """(B, C, L) -> (B, S, C, L) for any L, by a network of baselines.py: of waveforms, or between stft and istft."""
+    def __init__(self, config, backbone, spectral=True):
+        super().__init__()
+        self.config, self.spectral, self.sizes = config, spectral, (config.window, config.hop)
+        shape = (config.channels, config.window // 2 + 1) if spectral else (config.channels,)
+        self.backbone = backbone(*shape, len(config.targets), config.width, rest(config.targets))
+        self.stride = self.backbone.STRIDE * (config.hop if spectral else 1)      # samples
+
+    def forward(self, mixture):
+        if not self.spectral:
+            return self.backbone(mixture)
+        return istft(self.backbone(stft(mixture, *self.sizes, "constant")), mixture.shape[-1], *self.sizes)
+
+def rest(targets):
+    """The number of the target that the others leave of the mixture, where all together make it up; else None."""
+    groups = {frozenset(SOURCES): "other", frozenset(("vocals", "accompaniment")): "accompaniment"}
+    return targets.index(groups[frozenset(targets)]) if frozenset(targets) in groups else None
+
 MODELS = {
     # Table 3                                  backbone  rule           J (stereo, one target)
     "UNetPhase":        lambda c: Separator(c, unet,     complex_mask),     # 4
@@ -565,6 +600,12 @@ MODELS = {
     "ResUNet":          lambda c: Separator(c, resunet,  magnitude_mask),   # 2
     "ResUNetDecouple":  lambda c: Separator(c, resunet,  decouple),         # 6
     "ResUNetDecouple+": lambda c: Separator(c, resunet,  decouple_plus),    # 8
+    # relatives, from the other seeds
+    "Wave-U-Net":       lambda c: Relative(c, baselines.WaveUNet, False),
+    "Wave-U-Net-12":    lambda c: Relative(c, functools.partial(baselines.WaveUNet, stoller=True), False),
+    "DPRNN":            lambda c: Relative(c, baselines.DPRNN),
+    "PM-Unet":          lambda c: Relative(c, baselines.PMUnet),
+    "PM-Unet-conv":     lambda c: Relative(c, functools.partial(baselines.PMUnet, lstm=False)),
 }
 
 # ---- Whole tracks, in constant memory: blocks in, blocks out ---------------------------------------------------------
@@ -580,8 +621,7 @@ def separate_windows(model, windows, bf16):
     except RuntimeError as error:                                     # torch.OutOfMemoryError, MPS's and the CPU's own
         if not re.search("out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", str(error)):
             raise
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()                                          # of unused memory, if CUDA is in use
 
 def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=1, bf16=False):
     """Separate a stream of (C, n) blocks -> a stream of (S, C, n') blocks of the same total length.
@@ -598,7 +638,8 @@ def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=
     blocks = iter(blocks)
     mixture, tail, last = next(blocks), None, False                   # (C, n): from the next window's start on
     while not last:
-        hop = segment - overlap
+        hop, excess = segment - overlap, (segment - overlap) % getattr(model, "stride", 1)
+        hop -= excess if hop - excess > fade else 0                   # where a model samples all windows alike
         while mixture.shape[-1] <= segment + (batch_size - 1) * hop and (block := next(blocks, None)) is not None:
             mixture = torch.cat([mixture, block], dim=-1)
         last = mixture.shape[-1] <= segment                           # the last window ends with the stream
@@ -743,11 +784,10 @@ def peak_memory(device):
     """The most memory that this process has held so far, on the GPU if it uses one, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2 ** 30
-    try:
+    with contextlib.suppress(ImportError):                            # Windows
         import resource
-    except ImportError:                                               # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    return math.nan
 
 @torch.inference_mode()
 def convolution_rate(device, dtype):
