@@ -481,7 +481,8 @@ def main(argv=None):
     title += f"; {args.subset} {f'excerpts of {args.seconds:g} s' if args.chunks else 'songs'}: {len(tracks)}"
     for folder in filter(None, (args.results, args.json, args.out, args.report)):             # fails now or never
         os.makedirs(folder, exist_ok=True)
-    code = [*map(separate.checkpoint_path, args.model), *map(Path, (mss.__file__, separate.__file__, __file__))]
+    code = [*map(separate.checkpoint_path, args.model),
+            *(Path(module.__file__) for module in (mss, mss.baselines, separate, sys.modules[__name__]))]
     args.identity = ([hashlib.sha256(path.read_bytes()).hexdigest() for path in code],
                      args.oracle, args.bf16, args.full, device.type, args.report, args.out)
     columns = {name: (name, "SDR") for name in ORACLES} if args.oracle else {

@@ -21,15 +21,13 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mss
 
 PUBLISHED = {   # the weights of the paper's authors: name -> target, SDR (dB, MUSDB18 test, by the file's name), sha256
     "paper": ("vocals", 8.9, "0fa735205731b9685c63ce5c83e9469eff934f1c20dfd2260b4182194afedb96"),
-    "paper-accompaniment": ("accompaniment", 16.8, "a81ecdb0095ae6bb4433d6b3e4e0a30e57a1fbf5c931c950c20247d14fa1efd5"),
-}
+    "paper-accompaniment": ("accompaniment", 16.8, "a81ecdb0095ae6bb4433d6b3e4e0a30e57a1fbf5c931c950c20247d14fa1efd5")}
 URL = "https://zenodo.org/records/5513378/files/resunet143_ismir2021_{}_{}dB_350k_steps.pth?download=1"
 AUDIO = set(".wav .flac .ogg .opus .mp3 .aif .aiff .caf .m4a .aac .mp4 .mov .mkv .webm .wma".split())   # in folders
 
@@ -58,7 +56,7 @@ def list_models():
         print(f"{name}: {target}, {mss.complement([target])}; {target} {sdr} dB SDR (museval, MUSDB18 test, by "
               "the file's name); 461 MB; trained on MUSDB18, for non-commercial use (Zenodo 5513378)")
 
-class Together(nn.Module):
+class Together(torch.nn.Module):
     """Several models on the same windows: (B, C, L) -> (B, S1 + S2 + ..., C, L)."""
     def __init__(self, models):
         super().__init__()
@@ -66,7 +64,8 @@ class Together(nn.Module):
         formats = {f"{model.config.sample_rate} Hz {model.config.channels} ch" for model in models}
         if len(set(targets)) < len(targets) or len(formats) > 1:
             raise mss.UserError(f"-m: different targets, one format expected, found {', '.join([*targets, *formats])}")
-        self.models, self.config = nn.ModuleList(models), dataclasses.replace(models[0].config, targets=targets)
+        self.models, self.config = torch.nn.ModuleList(models), dataclasses.replace(models[0].config, targets=targets)
+        self.stride = max(getattr(model, "stride", 1) for model in models)
 
     def forward(self, mixture):
         return torch.cat([model(mixture) for model in self.models], dim=1)
@@ -122,7 +121,7 @@ def separate_file(model, path, folder, ext="wav", subtype=None, clip_mode="none"
     Stems have its rate, channels and length; what is left without a target is mixture - estimate, made at the file's
     rate, so that they sum to the file. `options` are those of mss.separate_blocks. UserError for a bad file.
     """
-    rest = rests(model.config.targets, two_stems)
+    rest, last = rests(model.config.targets, two_stems), getattr(getattr(model, "backbone", None), "rest", None)
     paths = [Path(folder, f"{name}.{ext}") for name in (*model.config.targets, *rest)]
     with mss.open_audio(path) as file:
         rate, first, done = file.samplerate, round(start * file.samplerate), 0
@@ -136,6 +135,8 @@ def separate_file(model, path, folder, ext="wav", subtype=None, clip_mode="none"
             for estimates, mixture in estimate_blocks(model, blocks, rate, file.channels, **options):
                 done += mixture.shape[-1]
                 progress(done / max(frames, 1))
+                if last is not None:                                  # what the others leave, at the file's rate
+                    estimates = [*estimates[:last], mixture - estimates.sum(0) + estimates[last], *estimates[last + 1:]]
                 yield [*estimates, *(mixture - estimates[i] for i in rest.values())]
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -191,7 +192,7 @@ def measure(options, names, device, seconds):
     mss.separate_track(model, mixture[:, :options["segment"]], **options)       # the first is slower
     blocks, rows, more = mss.separate_blocks(model, [mixture], **options), [], True
     while more:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=mss.baselines.LSTM_FLOPS) as counter:
             start = time.perf_counter()
             more = next(blocks, None) is not None
         rows.append((time.perf_counter() - start, counter.get_total_flops(), mss.convolution_rate(device, dtype)))
@@ -251,9 +252,8 @@ def separate_song(args, model, path, folder, title):
 
     def progress(share):
         if sys.stderr.isatty() and share:
-            left = (time.time() - started) * (1 - share) / share
-            print(f"{title}{path.name}: {share:4.0%}, {left:.0f} s left" * (share < 1), end="\033[K\r", file=sys.stderr,
-                  flush=True)
+            print(f"{title}{path.name}: {share:4.0%}, {(time.time() - started) * (1 / share - 1):.0f} s left"
+                  * (share < 1), end="\033[K\r", file=sys.stderr, flush=True)
     try:
         paths, length, peak, gain = separate_file(
             model, path, folder, args.ext, args.subtype, args.clip_mode, args.two_stems, args.start, args.duration,
@@ -287,8 +287,8 @@ def main(argv=None):
     if over := [str(path) for path, _ in songs if path.resolve() in outputs]:
         raise mss.UserError(f"{', '.join(over)}: stems would be written over it; choose another --out")
     for i in turns(store, len(songs)):
-        good = separate_song(args, model, *songs[i], f"[{i + 1}/{len(songs)}] " if len(songs) > 1 else "")
-        store.set(f"song {i}", str(good))
+        title = f"[{i + 1}/{len(songs)}] " if len(songs) > 1 else ""
+        store.set(f"song {i}", str(separate_song(args, model, *songs[i], title)))
     while not rank and not store.check([f"song {i}" for i in range(len(songs))]):     # process 0 speaks for all
         time.sleep(0.2)
     failed = [str(path) for i, (path, _) in enumerate(songs) if not rank and store.get(f"song {i}") != b"True"]

@@ -38,12 +38,23 @@ import mss
 import separate
 
 LEARNING_RATE = {"vocals": 1e-3, "accompaniment": 5e-4, "bass": 1e-4, "drums": 2e-4, "other": 5e-4}     # section 4.2
-PAPER = dict(model="ResUNetDecouple+", width=32, steps=300_000, batch_size=16, segment=3.0, warmup=1000,
-             validate_every=10_000, save_every=[(5000, 600)], log_every=100)
+PAPER = dict(model="ResUNetDecouple+", steps=300_000, validate_every=10_000, save_every=[(5000, 600)], log_every=100)
+FOUR, TWO = "vocals,bass,drums,other", "vocals,accompaniment"
+RECIPE = ("loss", "optimizer", "schedule", "lr", "clip", "weight_decay", "batch_size", "segment", "warmup", "mix_audio",
+          "source", "augment")
+RECIPES = {     # lr None: LEARNING_RATE; clip 0: none. Ours, where the seeds don't say: the number of steps, DPRNN's
+                # batch, segment and schedule, Wave-U-Net-12's segment, which had context around it. Sizes: mss.SIZES
+    **dict.fromkeys(list(mss.MODELS)[:7],
+                     ("l1", "amsgrad", "steps", None, 0.0, 0.0, 16, 3.0, 1000, 2, "vocals", [])),
+    "Wave-U-Net":    ("mse", "adam", "constant", 1e-3, 0.0, 0.0, 32, 1.0, 1, 1, FOUR, []),
+    "Wave-U-Net-12": ("mse", "adam", "constant", 1e-4, 0.0, 0.0, 16, 3.0, 1, 1, TWO, []),
+    "DPRNN":         ("phase", "adam", "steps", 1e-3, 5.0, 1e-5, 16, 3.0, 1, 1, TWO, []),
+    **dict.fromkeys(("PM-Unet", "PM-Unet-conv"),
+                     ("l1+spec", "radam", "cosine", 1.5e-3, 0.5, 0.0, 6, 5.0, 1, 1, FOUR, list(mss.AUGMENTATIONS))),
+}
 DEMO = dict(model="UNetDecouple+", width=8, steps=250, batch_size=4, segment=1.0, lr=2e-3, warmup=25,
             validate_every=50, save_every=[(50, 600)], log_every=10)               # without --musdb
-SETTINGS = ("source", "model", "width", "batch_size", "segment", "lr", "warmup", "mix_audio", "augment", "seed", "bf16",
-            "ema")
+SETTINGS = ("model", "width", *RECIPE, "seed", "bf16", "ema")
 LOG = ("step", "loss", "lr", "grad_norm", "ms_per_step", "data_wait", "skipped", "unreadable")
 RANK = int(os.environ.get("RANK", 0))           # torchrun's: the number of this process, and how many there are
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1       # some schedulers set it alone
@@ -147,21 +158,24 @@ class Mean(torch.autograd.Function):
 
     backward = forward
 
-class SyncBatchNorm(nn.BatchNorm2d):
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """nn.SyncBatchNorm, which knows GPUs only, for CPUs: one batch norm over the batches of all processes."""
-    def forward(self, x):                                             # (B, D, T, F)
+    def _check_input_dim(self, x):                                    # any number will do
+        pass
+
+    def forward(self, x):                                             # (B, D, T, F) or (B, D, L)
         if not self.training:
             return super().forward(x)
         y = x.to(torch.promote_types(x.dtype, torch.float32))         # bfloat16 is too coarse for statistics
-        var, mean = torch.var_mean(y, (0, 2, 3), keepdim=True, correction=0)
+        var, mean = torch.var_mean(y, (0, *range(2, x.dim())), keepdim=True, correction=0)
         centre = Mean.apply(mean)
         var = Mean.apply(var + (mean - centre) ** 2)
         n = x.numel() / x.shape[1] * WORLD
         self.running_mean.lerp_(centre.detach().flatten(), self.momentum)
         self.running_var.lerp_(var.detach().flatten() * n / (n - 1), self.momentum)
         self.num_batches_tracked += 1
-        y = (y - centre) * (self.weight[:, None, None] * (var + self.eps).rsqrt()) + self.bias[:, None, None]
-        return y.to(x.dtype)
+        weight, bias = self.weight.view(mean.shape[1:]), self.bias.view(mean.shape[1:])
+        return ((y - centre) * (weight * (var + self.eps).rsqrt()) + bias).to(x.dtype)
 
 @contextlib.contextmanager
 def without_statistics(block):
@@ -177,14 +191,16 @@ def without_statistics(block):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
+BLOCKS = (mss.ConvBlock, mss.ResBlock, mss.baselines.WaveBlock, mss.baselines.RecurrentBlock, mss.baselines.Inception)
+
 def network_of(model, args):
     """The model as the step calls it: on many processes, compiled, with activations computed again, as args say."""
     if WORLD > 1 and next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)                # replaces the norms inside
     for module in model.modules():
-        if WORLD > 1 and type(module) is nn.BatchNorm2d:
+        if WORLD > 1 and type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
             module.__class__ = SyncBatchNorm
-        if args.checkpoint_blocks and isinstance(module, (mss.ConvBlock, mss.ResBlock)):
+        if args.checkpoint_blocks and isinstance(module, BLOCKS):
             module.forward = functools.partial(
                 torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False,
                 context_fn=lambda block=module: (contextlib.nullcontext(), without_statistics(block)))
@@ -195,6 +211,31 @@ def network_of(model, args):
     network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     network.broadcast_buffers = False                                 # SyncBatchNorm has made them equal
     return network
+
+def compressed(audio, window, hop):
+    """(..., L) -> magnitudes to the power 0.3, so that quiet bins count too, and these with the phase as (..., 2)."""
+    X = mss.stft(audio, window, hop) / math.sqrt(window)
+    magnitude = mss.magnitude_of(X) ** 0.3
+    return magnitude, torch.view_as_real(magnitude * mss.phase_of(X))
+
+def spectral_loss(estimates, targets, window, hop):
+    """The mean squared differences of what `compressed` gives, added up, as in PHASEN (Yin et al. 2020)."""
+    pairs = zip(compressed(estimates, window, hop), compressed(targets, window, hop))
+    return sum(F.mse_loss(ours, theirs) for ours, theirs in pairs)
+
+def si_sdr(estimates, targets):
+    """Scale-invariant SDR (Le Roux et al. 2019) in dB of each channel: (..., L) twice -> (...)."""
+    epsilon = torch.finfo(torch.float32).eps                          # for silence
+    scale = ((estimates * targets).sum(-1) + epsilon) / ((targets ** 2).sum(-1) + epsilon)
+    error = (scale[..., None] * targets - estimates).square().sum(-1)
+    return 10 * torch.log10(((scale[..., None] * targets).square().sum(-1) + epsilon) / (error + epsilon))
+
+LOSSES = {              # estimates, targets (B, S, C, L) -> their mean loss
+    "l1": F.l1_loss,                                                  # the paper's, section 4.2
+    "mse": F.mse_loss,
+    "phase": lambda y, s: spectral_loss(y, s, 2048, 441),
+    "l1+spec": lambda y, s: (F.l1_loss(y, s) + spectral_loss(y, s, 4096, 1024) - si_sdr(y, s).mean()) / 3,
+}
 
 def gradient(network, data, args):
     """Sum the gradients of a step's micro-batches -> (loss, s waited for data); all processes end with their mean."""
@@ -207,17 +248,27 @@ def gradient(network, data, args):
         with network.no_sync() if more else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 estimates = network(mixture)                          # (B, S, C, L)
-            part = F.l1_loss(estimates, targets) / args.accumulate
+            part = LOSSES[args.loss](estimates, targets) / args.accumulate
             part.backward()
         loss = loss + part.detach()
     return loss, waited
 
-def learning_rate(step, base, warmup):
-    """Of step 1, 2, ...: linear warm-up, then x0.9 after every 15,000 steps (section 4.2)."""
-    return base * min(step / max(warmup, 1), 1.0) * 0.9 ** (step // 15_000)
+SCHEDULES = {           # step -> factor
+    "steps": lambda step: 0.9 ** (step // 15_000),                    # the paper's, section 4.2
+    "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * (step % 130_000) / 130_000),    # PM-Unet's: restarts after
+    "constant": lambda step: 1.0,                                     # 40 epochs, about as many steps with 86 songs
+}
 
-def adam(model, lr):
-    return torch.optim.Adam(model.parameters(), lr, amsgrad=True, fused=next(model.parameters()).is_cuda)
+def learning_rate(step, base, warmup, schedule="steps"):
+    """Of step 1, 2, ...: linear warm-up, and one of SCHEDULES."""
+    return base * min(step / max(warmup, 1), 1.0) * SCHEDULES[schedule](step)
+
+OPTIMIZERS = {"amsgrad": functools.partial(torch.optim.Adam, amsgrad=True),       # the published code's
+              "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
+
+def optimizer_of(model, args):
+    fused = {} if args.optimizer == "radam" else {"fused": next(model.parameters()).is_cuda}
+    return OPTIMIZERS[args.optimizer](model.parameters(), args.lr, weight_decay=args.weight_decay, **fused)
 
 # ---- A run: what it keeps, logs and validates ------------------------------------------------------------------------
 
@@ -240,7 +291,7 @@ def validate(model, tracks, bf16, caught):
     model.eval()
     for track in tracks[RANK::WORLD]:
         try:
-            with torch.backends.cudnn.flags(enabled=True):            # no search for the fastest: lengths differ
+            with torch.backends.cudnn.flags(enabled=True), torch.compiler.set_stance("force_eager"):  # lengths differ
                 scores, _, _ = evaluate.compare(track, *evaluate.separated(model, track, bf16))
             rows += evaluate.summary(track.name, scores)
         except (mss.UserError, OSError, RuntimeError) as error:
@@ -283,6 +334,8 @@ def resume(out, settings, model, average, optimizer):
         return {"step": 0, "best": -math.inf, "validated": 0, "skipped": 0, "unreadable": 0, "settings": settings}
     _, saved, state = mss.load_checkpoint(path)
     theirs = state.get("settings", {})
+    if not theirs.get("augment"):                                     # a run from before there were recipes
+        theirs = {**dict(zip(RECIPE, RECIPES[saved.config.model])), **theirs}
     differ = [f"--{name.replace('_', '-')} {theirs.get(name)} (this command: {settings[name]})" if name != "songs"
               else f"{len(theirs.get(name, ()))} songs (here {len(settings[name])}, compared by name and length)"
               for name in settings if theirs.get(name) != settings[name]]
@@ -291,7 +344,7 @@ def resume(out, settings, model, average, optimizer):
     average.load_state_dict(saved.state_dict())
     model.load_state_dict(state.get("raw", saved.state_dict()))
     for group in state["optimizer"]["param_groups"]:
-        group["fused"] = optimizer.defaults["fused"]                  # the run may have been on another device
+        group["fused"] = optimizer.defaults.get("fused")              # the run may have been on another device
     optimizer.load_state_dict(state["optimizer"])
     print(f"resuming {path} at step {state['step']}")
     return {key: state[key] for key in ("step", "best", "validated", "skipped", "unreadable", "settings")}
@@ -397,7 +450,7 @@ def learn(network, optimizer, data, args, flags=()):
     From a loss or a gradient that isn't finite nothing is learned, in no process.
     """
     statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]       # batch norm's
-    before = torch._foreach_mul(statistics, 1.0)
+    before = statistics and torch._foreach_mul(statistics, 1.0)      # which takes no empty list
     optimizer.zero_grad()
     loss, waited = gradient(network, data, args)
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
@@ -407,8 +460,10 @@ def learn(network, optimizer, data, args, flags=()):
     loss, norm, *flags = numbers.tolist()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
+        if args.clip:
+            torch.nn.utils.clip_grads_with_norm_(network.parameters(), args.clip, torch.tensor(norm))
         optimizer.step()
-    else:
+    elif statistics:
         torch._foreach_copy_(statistics, before)
     return loss, norm, waited, flags, finite
 
@@ -458,7 +513,7 @@ def train(args, run, model, average, optimizer, segments, held_out):
         # step
         run["step"] += 1
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run["step"], args.lr, args.warmup)
+            group["lr"] = learning_rate(run["step"], args.lr, args.warmup, args.schedule)
         flags = bool(caught), clock() - start > 3600 * args.hours, segments.unreadable.sum()
         loss, norm, waited, (signals, late, unread), finite = learn(network, optimizer, data, args, flags)
         end = "stopped" if signals else "out of --hours" if late else None
@@ -477,7 +532,7 @@ def train(args, run, model, average, optimizer, segments, held_out):
 
 def measure(args, name, changes, real):
     """A row of the benchmark's table: steps with one batch of noise, or with real ones, in this new process."""
-    args = argparse.Namespace(**{**vars(args), **changes})
+    args = argparse.Namespace(**{**vars(args), **changes, "lr": 0.0})
     if args.channels_last:
         mss.keep_memory()
     config, device = mss.Config(model=args.model, targets=args.source, width=args.width), mss.pick_device(args.device)
@@ -485,11 +540,11 @@ def measure(args, name, changes, real):
     layout, dtype = ((torch.contiguous_format, torch.channels_last)[args.channels_last],
                      (torch.float32, torch.bfloat16)[args.bf16])
     model = mss.MODELS[config.model](config).to(device, memory_format=layout).train()
-    optimizer = adam(model, 0.0)
+    optimizer = optimizer_of(model, args)
     length, size = round(args.segment * config.sample_rate), args.batch_size // args.accumulate
     noise = 0.1 * torch.randn(2, size, len(args.source), config.channels, length, device=device)
     data = batches(open_data(args, config)[0], args, 0) if real else itertools.repeat((noise[0, :, 0], noise[1]))
-    with FlopCounterMode(display=False) as counter:                   # of the forward and the backward pass
+    with FlopCounterMode(display=False, custom_mapping=mss.baselines.LSTM_FLOPS) as counter:    # forward and backward
         learn(model, optimizer, data, args)
     network = network_of(model, args)
     learn(network, optimizer, data, args)                             # not timed: it may be compiled and tuned first
@@ -535,17 +590,18 @@ def interval(text):
     """"5000" -> (5000 steps, any s), "600s" -> (any steps, 600 s)"""
     return (math.inf, float(text[:-1])) if text.endswith("s") else (int(text), math.inf)
 
-def parse(argv):
+def flags():
     parser = mss.parser(__doc__)
     add = parser.add_argument
-    add("--source", "--target", default="vocals", help="what to separate, such as vocals or vocals,bass,drums,other "
-        "with one network (default: vocals)")
+    add("--source", "--target", help="what to separate, such as vocals or vocals,bass,drums,other with one network "
+        "(default: as in RECIPES, which is vocals for the paper's models)")
     add("--musdb", default=os.environ.get("MUSDB_PATH"), help="dataset folder (env MUSDB_PATH); without it a small "
         "network trains on built-in synthetic songs")
     add("--cache", help="where .stem.mp4 (default: ROOT-wav beside ROOT) and, if given, flac and ogg are decoded to")
     add("--out", help="folder of checkpoints and log (default: runs/SOURCE)")
     add("--init", metavar="FILE", help="fine-tune these weights: a checkpoint, paper or paper-accompaniment")
-    add("--model", choices=tuple(mss.MODELS), help="row of the paper's Table 3")
+    add("--model", choices=tuple(mss.MODELS), help="row of the paper's Table 3, or a relative; where the help says "
+        "'paper', a relative has its own default, see RECIPES; without --musdb sizes are small and --lr is 0.002")
     add("--width", type=int, help="features of the first encoder; paper: 32")
     add("--steps", type=int, help="paper: 300,000")
     add("--hours", type=float, default=1e9, help="save and stop after that long")
@@ -555,8 +611,13 @@ def parse(argv):
     add("--lr", type=float, help=f"learning rate; paper: {LEARNING_RATE}; here the mean over the sources")
     add("--warmup", type=int, help="steps of linear warm-up; published code: 1000")
     add("--ema", type=float, default=0.0, help="average the weights, such as with 0.999; validate and keep these")
-    add("--mix-audio", type=int, default=2, help="segments summed per source, bass excepted; paper: 2")
-    add("--augment", nargs="*", default=[], choices=tuple(mss.AUGMENTATIONS), help="paper: none")
+    add("--loss", choices=tuple(LOSSES), help="paper: l1")
+    add("--optimizer", choices=tuple(OPTIMIZERS), help="paper: Adam; published code: amsgrad")
+    add("--schedule", choices=tuple(SCHEDULES), help="of the learning rate; paper: steps")
+    add("--clip", type=float, help="limit of the gradient's norm; paper: 0, none")
+    add("--weight-decay", type=float, help="paper: 0")
+    add("--mix-audio", type=int, help="segments summed per source, bass excepted; paper: 2")
+    add("--augment", nargs="*", choices=tuple(mss.AUGMENTATIONS), help="paper: none, as without a name")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read songs, for each GPU")
     add("--validate-every", type=int, help="steps")
@@ -566,13 +627,20 @@ def parse(argv):
     either("--compile", action="store_true", help="torch.compile the backbone")
     either("--checkpoint-blocks", action="store_true", help="less memory: compute activations again, going backward")
     add("--benchmark", type=float, nargs="?", const=20.0, metavar="S", help="measure for S seconds a row, and exit")
+    return parser
+
+def parse(argv):
+    parser = flags()
     args = parser.parse_args(argv)
-    parser.set_defaults(initial=None, **(PAPER if args.musdb else DEMO))
+    defaults = {"initial": None, **(PAPER if args.musdb else DEMO)}
     if args.init:
-        config, initial, _ = mss.load_checkpoint(separate.checkpoint_path(args.init))
-        parser.set_defaults(initial=initial, model=config.model, width=config.width, source=",".join(config.targets))
+        config, defaults["initial"], _ = mss.load_checkpoint(separate.checkpoint_path(args.init))
+        defaults.update(model=config.model, width=config.width, source=",".join(config.targets))
+    parser.set_defaults(**{**dict(zip(RECIPE, RECIPES[args.model or defaults["model"]])), **defaults})
     args = parser.parse_args(argv)
+    args.width = mss.Config(model=args.model).width if args.width is None else args.width
     args.source = tuple(args.source.split(","))
+    args.augment = [name for name in mss.AUGMENTATIONS if name in args.augment]
     if not set(args.source) <= set(LEARNING_RATE) or len(set(args.source)) < len(args.source):
         parser.error(f"--source {','.join(args.source)}: some of {','.join(LEARNING_RATE)} expected, each once")
     args.out = Path(args.out or f"runs/{'-'.join(args.source)}")
@@ -582,8 +650,11 @@ def parse(argv):
                  "log_every"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a positive number expected")
-    if args.workers < 0 or not 0 <= args.seed < 2 ** 63 or args.segment < 0.1 or not 0 <= args.ema < 1:
-        parser.error("--workers and --seed from 0 up, --segment from 0.1 s up and --ema from 0 to below 1 expected")
+    if args.workers < 0 or not 0 <= args.seed < 2 ** 63 or args.segment < 0.1 or not 0 <= args.ema < 1 or \
+            args.warmup < 0:
+        parser.error("--workers, --warmup, --seed from 0 up, --segment from 0.1 s up, --ema from 0 to below 1 expected")
+    if not (0 <= args.weight_decay < math.inf and 0 <= args.clip < math.inf):
+        parser.error("--weight-decay and --clip from 0 up expected")
     if args.benchmark is not None and (WORLD > 1 or not 0 < args.benchmark < math.inf):
         parser.error("--benchmark: a positive number of seconds and one process expected")
     if min(args.save_every) <= 0 or args.batch_size % (args.accumulate * WORLD):
@@ -629,9 +700,12 @@ def train_on(args):
     torch.manual_seed(args.seed)
     model = mss.MODELS[config.model](config)
     if args.initial:
-        model.load_state_dict(args.initial.state_dict())
+        try:
+            model.load_state_dict(args.initial.state_dict())
+        except RuntimeError as error:                                 # Wave-U-Net for sources that leave another
+            raise mss.UserError(f"--init {args.init}: not for --source {','.join(args.source)}: {error}") from error
     model = model.to(device, memory_format=torch.channels_last).train()
-    average, optimizer = copy.deepcopy(model) if args.ema else model, adam(model, args.lr)
+    average, optimizer = copy.deepcopy(model) if args.ema else model, optimizer_of(model, args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["songs"] = [[track.name, track.frames] for track in segments.tracks + held_out]
     run = resume(args.out, settings, model, average, optimizer)
