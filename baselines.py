@@ -252,7 +252,8 @@ def stretch(audio, percent):
     frames = (X.shape[2] - 1) * percent // 100
     t = torch.arange(frames) * (100 / percent)                        # where in X the new frames lie
     i, middle = t.long(), frames // 2                                 # where phases stay; at the ends are reflections
-    magnitude = torch.lerp(X.abs()[..., i], X.abs()[..., i + 1], t - i)
+    size = X.abs()
+    magnitude = torch.lerp(size[..., i], size[..., i + 1], t - i)
     turns = (X[..., 1:] * X[..., :-1].conj()).sum(0).angle()          # (F, T - 1): between frames, of all channels
     drift = turns[:, i].cumsum(1) - turns[:, i] - F.pad(turns, (1, 0)).cumsum(1)[:, i]
     phase = X.angle()[..., i] + drift - drift[:, middle, None]        # as far from the last new frame as one of X is

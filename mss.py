@@ -51,9 +51,9 @@ class Config:
     targets: tuple = ("vocals",)                # what the model estimates, in this order: S of them
     sample_rate: int = 44100                    # Hz
     channels: int = 2                           # C
-    width: int = 0                              # features of the first encoder; the others are multiples of it: 32
-    window: int = 0                             # samples, the FFT's length too: 2048, F = window / 2 + 1 = 1025 bins
-    hop: int = 0                                # samples: 441, which are 10 ms
+    width: int = 0                              # features of the first encoder; others are multiples of it; paper: 32
+    window: int = 0                             # samples, the FFT's length, too; F = window / 2 + 1; paper: 2048, 1025
+    hop: int = 0                                # samples; paper: 441, which are 10 ms
 
     def __post_init__(self):
         given, sizes = (self.width, self.window, self.hop), SIZES.get(self.model, (32, 2048, 441))

@@ -226,9 +226,10 @@ def spectral_loss(estimates, targets, window, hop):
 def si_sdr(estimates, targets):
     """Scale-invariant SDR (Le Roux et al. 2019) in dB of each channel: (..., L) twice -> (...)."""
     epsilon = torch.finfo(torch.float32).eps                          # for silence
-    scale = ((estimates * targets).sum(-1) + epsilon) / ((targets ** 2).sum(-1) + epsilon)
-    error = (scale[..., None] * targets - estimates).square().sum(-1)
-    return 10 * torch.log10(((scale[..., None] * targets).square().sum(-1) + epsilon) / (error + epsilon))
+    scale = ((estimates * targets).sum(-1, True) + epsilon) / ((targets ** 2).sum(-1, True) + epsilon)
+    part = scale * targets
+    signal, error = (x.square().sum(-1) + epsilon for x in (part, part - estimates))
+    return 10 * torch.log10(signal / error)
 
 LOSSES = {              # estimates, targets (B, S, C, L) -> their mean loss
     "l1": F.l1_loss,                                                  # the paper's, section 4.2
@@ -650,11 +651,10 @@ def parse(argv):
                  "log_every"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a positive number expected")
-    if args.workers < 0 or not 0 <= args.seed < 2 ** 63 or args.segment < 0.1 or not 0 <= args.ema < 1 or \
-            args.warmup < 0:
-        parser.error("--workers, --warmup, --seed from 0 up, --segment from 0.1 s up, --ema from 0 to below 1 expected")
-    if not (0 <= args.weight_decay < math.inf and 0 <= args.clip < math.inf):
-        parser.error("--weight-decay and --clip from 0 up expected")
+    if not 0 <= args.seed < 2 ** 63 or args.segment < 0.1 or not 0 <= args.ema < 1:
+        parser.error("--seed from 0 up, --segment from 0.1 s up and --ema from 0 to below 1 expected")
+    if not all(0 <= x < math.inf for x in (args.workers, args.warmup, args.weight_decay, args.clip)):
+        parser.error("--workers, --warmup, --weight-decay and --clip from 0 up expected")
     if args.benchmark is not None and (WORLD > 1 or not 0 < args.benchmark < math.inf):
         parser.error("--benchmark: a positive number of seconds and one process expected")
     if min(args.save_every) <= 0 or args.batch_size % (args.accumulate * WORLD):
