@@ -1,7 +1,6 @@
 """Score models, or anyone's estimates, on whole songs: SDR as museval computes it, uSDR; the paper's oracles.
 
-    python evaluate.py -m runs/vocals/best.pt --musdb /data/musdb18hq
-    python evaluate.py -m runs/demo/best.pt --musdb runs/demo/songs --report report    # a page to look and listen
+    python evaluate.py -m runs/vocals/best.pt --musdb /data/musdb18hq --report report  # a page to look and listen, too
     python evaluate.py --estimates DIR --musdb /data/musdb18hq --full  # DIR/test/Artist - Title/vocals.wav ...
     python evaluate.py --oracle --musdb /data/musdb18hq                # Table 1 and Figure 2
 """
@@ -410,7 +409,7 @@ def gather(store, tracks):
 def parse(argv):
     parser = mss.parser(__doc__)
     add = parser.add_argument
-    add("-m", "--model", nargs="+", default=[], help="checkpoint files, paper, paper-accompaniment; several: together")
+    add("-m", "--model", nargs="+", default=[], help="default (that without -m), paper, files; several: together")
     add("--estimates", metavar="DIR", help="score files of any system instead: DIR/SUBSET/TRACK/TARGET.wav")
     add("--oracle", action="store_true", help="score ideal masks instead: Table 1 and Figure 2 of the paper")
     add("--musdb", default=os.environ.get("MUSDB_PATH"), help="dataset folder (env MUSDB_PATH)")
@@ -430,7 +429,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     for wrong, message in (
             (not args.musdb, "--musdb PATH expected: the folder that holds train/ and test/ (or set MUSDB_PATH)"),
-            (bool(args.model) + bool(args.estimates) + args.oracle != 1, "one of -m, --estimates, --oracle expected"),
+            (bool(args.model) + bool(args.estimates) + args.oracle > 1, "one of -m, --estimates, --oracle expected"),
             (args.oracle and (args.json or args.report or args.out or args.full), "--oracle: whole songs, SDR only"),
             (args.workers > 1 and (os.getenv("RANK") or args.debug), "--workers: not with torchrun or --debug"),
             (not (min(args.workers, args.chunks + 1, args.listen + 1, args.seed + 1) > 0 < args.seconds < np.inf),
@@ -438,6 +437,7 @@ def parse(argv):
         if wrong:
             parser.error(message)
     args.full = args.full or bool(args.json or args.chunks)
+    args.model = args.model or ["default"] * (not args.estimates and not args.oracle)
     return args
 
 def finish(args, title, columns, results):
@@ -471,6 +471,7 @@ def finish(args, title, columns, results):
 def main(argv=None):
     args = parse(argv)
     store, rank = separate.torchrun()
+    separate.introduce(args.model * (rank == 0))
     while rank and not store.check(["ready"]):                        # process 0 downloads and decodes
         time.sleep(0.2)
     device = mss.pick_device(args.device)

@@ -1,7 +1,7 @@
 """Separate songs into stems that have the song's length, sample rate and level.
 
-    python separate.py song.mp3 -m paper                      # separated/song/{vocals,accompaniment}.wav
-    python separate.py album/ -m runs/vocals/best.pt -o stems --ext flac
+    python separate.py song.mp3                               # separated/song/{vocals,accompaniment}.wav
+    python separate.py album/ -m paper -o stems --ext flac
     torchrun --nproc-per-node 8 separate.py album/ -m paper   # the files shared out over processes and GPUs
 """
 import argparse
@@ -34,9 +34,9 @@ AUDIO = set(".wav .flac .ogg .opus .mp3 .aif .aiff .caf .m4a .aac .mp4 .mov .mkv
 # ---- Models by path or by name ---------------------------------------------------------------------------------------
 
 def checkpoint_path(name):
-    """The file of a name in PUBLISHED, downloaded once into torch.hub's cache, or UserError; other names are paths."""
+    """The file of a name, those of PUBLISHED downloaded once into torch.hub's cache, or UserError; others are paths."""
     if name not in PUBLISHED:
-        return Path(name)
+        return Path(__file__).with_name("weights") / "vocals.pt" if name == "default" else Path(name)
     target, sdr, sha256 = PUBLISHED[name]
     url = URL.format(target, sdr)
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1].removesuffix("?download=1"))
@@ -51,7 +51,13 @@ def checkpoint_path(name):
                                 f"(sha256 {sha256}) at {path} by hand") from error
     return path
 
+def introduce(names, text="notice: {about}; the paper's quality: -m paper, 461 MB", file=None):
+    """Say what the default model is where `names` mean that, on stderr unless there is another file."""
+    if "default" in names:
+        print(text.format(**mss.load_checkpoint(checkpoint_path("default"))[2]), file=file or sys.stderr)
+
 def list_models():
+    introduce(["default"], "default: {about}; {licence}", sys.stdout)
     for name, (target, sdr, _) in PUBLISHED.items():
         print(f"{name}: {target}, {mss.complement([target])}; {target} {sdr} dB SDR (museval, MUSDB18 test, by "
               "the file's name); 461 MB; trained on MUSDB18, for non-commercial use (Zenodo 5513378)")
@@ -118,8 +124,8 @@ def separate_file(model, path, folder, ext="wav", subtype=None, clip_mode="none"
                   duration=math.inf, progress=lambda share: None, **options):
     """Separate a file of any length and rate into folder/TARGET.ext in constant memory -> (paths, seconds, peak, gain).
 
-    Stems have its rate, channels and length; what is left without a target is mixture - estimate, made at the file's
-    rate, so that they sum to the file. `options` are those of mss.separate_blocks. UserError for a bad file.
+    Stems have its rate, channels and length; the rest is mixture - estimate, so that they sum to the file. `options`
+    are those of mss.separate_blocks. UserError for a bad file.
     """
     rest, last = rests(model.config.targets, two_stems), getattr(getattr(model, "backbone", None), "rest", None)
     paths = [Path(folder, f"{name}.{ext}") for name in (*model.config.targets, *rest)]
@@ -128,7 +134,6 @@ def separate_file(model, path, folder, ext="wav", subtype=None, clip_mode="none"
         frames = math.ceil(min(max(file.frames - first, 0), duration * rate))
         if not frames and (first or ext in ("flac", "mp3")):          # which can't hold no samples
             raise mss.UserError(f"{path}: more than {start:g} s expected (--start), found {file.frames / rate:g} s")
-
         def stems():
             nonlocal done
             blocks = mss.read_blocks(file, first, frames)
@@ -213,7 +218,7 @@ def parse(argv):
     parser = mss.parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="FILE", help="audio files, and folders to search")
-    add("-m", "--model", nargs="+", action="extend", default=[], help="paper, paper-accompaniment, FILE.pt, FILE.pth")
+    add("-m", "--model", nargs="+", action="extend", default=[], help="default, paper, paper-accompaniment or FILE")
     add("--list-models", action="store_true", help="print the models that have names")
     add("-o", "--out", default="separated", type=Path, help="output folder (default: %(default)s)")
     add("--ext", choices=("wav", "flac", "mp3", "ogg"), default="wav", help="default: wav, in float32")
@@ -227,19 +232,17 @@ def parse(argv):
     add("--segment", type=float, default=mss.SEGMENT / 44100, metavar="S", help="seconds at a time (%(default)s)")
     add("--overlap", type=float, default=mss.OVERLAP / 44100, metavar="S", help="seconds that two share (%(default)s)")
     add("--batch-size", type=int, default=1, metavar="N", help="segments at once (default: %(default)s)")
-    add("--benchmark", type=float, default=0, metavar="SECONDS", help="time noise of that length, in float32 and bf16")
+    add("--benchmark", type=float, metavar="SECONDS", help="time noise of that length, in float32 and bf16")
     args = parser.parse_args(argv)
     models = [word for i, word in enumerate(args.model)               # of `-m MODEL song.wav` -m takes the song, too
-              if i == 0 or word in PUBLISHED or Path(word).suffix in (".pt", ".pth")]
+              if i == 0 or word in ("default", *PUBLISHED) or Path(word).suffix in (".pt", ".pth")] or ["default"]
     args.model, args.inputs = models, args.inputs + [Path(word) for word in args.model if word not in models]
     for wrong, message in (
-            (not (models or args.list_models), f"-m MODEL expected: a checkpoint file, {' or '.join(PUBLISHED)}"),
             (not (args.inputs or args.list_models or args.benchmark), "FILE expected: audio files or folders of them"),
             (args.subtype and args.ext not in ("wav", "flac"), f"--ext {args.ext}: has no --int16 or --int24"),
             (not 0 <= 1.5 * args.overlap < args.segment < math.inf, "a --segment of over 1.5 times --overlap expected"),
             (not 0 <= args.start < math.inf or not args.duration > 0, "--start from 0, --duration above 0 expected"),
-            (args.batch_size < 1, "--batch-size from 1 expected"),
-            (args.benchmark and not 1 <= args.benchmark < 1e6, "--benchmark from 1 s expected")):
+            (args.batch_size < 1 or not 1 <= (args.benchmark or 1) < 1e6, "--batch-size, --benchmark from 1 expected")):
         if wrong:
             parser.error(message)
     args.options = dict(segment=round(args.segment * 44100), overlap=round(args.overlap * 44100),
@@ -249,18 +252,14 @@ def parse(argv):
 def separate_song(args, model, path, folder, title):
     """Separate one song as the command line says and report it -> whether that went well."""
     started, device = time.time(), next(model.parameters()).device
-
     def progress(share):
         if sys.stderr.isatty() and share:
             print(f"{title}{path.name}: {share:4.0%}, {(time.time() - started) * (1 / share - 1):.0f} s left"
                   * (share < 1), end="\033[K\r", file=sys.stderr, flush=True)
     try:
-        paths, length, peak, gain = separate_file(
-            model, path, folder, args.ext, args.subtype, args.clip_mode, args.two_stems, args.start, args.duration,
-            progress, **args.options)
-    except (mss.UserError, OSError, UnicodeError) as error:
-        if args.debug:
-            raise
+        how = (args.ext, args.subtype, args.clip_mode, args.two_stems, args.start, args.duration)
+        paths, length, peak, gain = separate_file(model, path, folder, *how, progress, **args.options)
+    except () if args.debug else (mss.UserError, OSError, UnicodeError) as error:
         print(f"separate.py: error: {'' if str(path) in str(error) else f'{path}: '}{error}", file=sys.stderr)
         return False
     if gain < 1:
@@ -277,6 +276,7 @@ def main(argv=None):
     if args.list_models or args.benchmark:
         return (list_models() if args.list_models else benchmark(args)) or 0
     store, rank = torchrun()
+    introduce(args.model * (rank == 0))
     songs = find_songs(args.inputs, args.out)
     while rank and not store.check(["downloaded"]):                   # by process 0; store.wait would hold up signals
         time.sleep(0.2)
@@ -287,7 +287,7 @@ def main(argv=None):
     if over := [str(path) for path, _ in songs if path.resolve() in outputs]:
         raise mss.UserError(f"{', '.join(over)}: stems would be written over it; choose another --out")
     for i in turns(store, len(songs)):
-        title = f"[{i + 1}/{len(songs)}] " if len(songs) > 1 else ""
+        title = f"[{i + 1}/{len(songs)}] " * (len(songs) > 1)
         store.set(f"song {i}", str(separate_song(args, model, *songs[i], title)))
     while not rank and not store.check([f"song {i}" for i in range(len(songs))]):     # process 0 speaks for all
         time.sleep(0.2)

@@ -277,7 +277,6 @@ def test_musdb_tracks(songs, tmp_path, monkeypatch):
     accompaniment = stems["bass"] + stems["drums"] + stems["other"]
     assert torch.equal(tracks[0].load("accompaniment", 1000, 500), accompaniment)
     assert (tracks[0].load("mixture", 1000, 500) - accompaniment - stems["vocals"]).abs().max() < 1e-4
-
     root = tmp_path / "musdb"                                         # no valid/: official titles, no mixture: a sum
     for name in ("A - B", mss.VALID[0]):
         shutil.copytree(songs / "train" / tracks[0].name, root / "train" / name)
@@ -397,7 +396,6 @@ def test_augmentations(name):
 def test_how_often_and_on_what_augmentations_work(monkeypatch):
     expected = dict(shift=0.5, pitch=0.2, speed=0.2, swap=0.5, flip=0.5, gain=1, mask=0.1, mono=0.1, reverse=0.2)
     lengths = {name: [] for name in expected}
-
     def counting(name):
         def function(x, rng):
             lengths[name].append(x.shape[1])
@@ -424,10 +422,8 @@ def test_stretch_at_every_length():
 class Constant:
     """A track whose every source is one number per (track, source), so that sums tell what was drawn."""
     name, frames, sample_rate, channels = "constant", 20, 44100, 2
-
     def __init__(self, value):
         self.value, self.drawn = value, []
-
     def load(self, source, start, frames):
         self.drawn.append((source, start))
         return torch.full((2, min(frames, self.frames - start)), float(self.value))
@@ -455,14 +451,12 @@ def test_random_remix_and_mix_audio(target, per_source):
 
 class Identity(nn.Module):
     config = mss.Config()
-
     def forward(self, x):
         return x[:, None]
 
 class Alternating(Identity):
     """Another answer for every block: shows where blocks are joined and with which weights."""
     calls = 0
-
     def forward(self, x):
         self.calls += 1
         return torch.full_like(x[:, None], self.calls % 2)
@@ -757,9 +751,8 @@ def gradients(root, model, out):
                     "gradients": torch.cat([parameter.grad.flatten() for parameter in model.parameters()])}, out)
 
 def torchrun(*command):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           *map(str, command)],
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, command)]
+    return subprocess.run(run, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 def test_two_processes_learn_what_one_does(songs, tmp_path):
     """In float64: of float32's rounding alone this network's gradients, of an L1 norm and of angles, change by 1e-3."""
@@ -798,8 +791,7 @@ def test_two_processes_train_and_one_resumes(songs, trained, tmp_path):
 def test_blocks_computed_again_change_nothing(name):
     results = []
     for again in ([], ["--checkpoint-blocks"]):
-        config, model = small(name)
-        calls = []
+        (_, model), calls = small(name), []
         block = [module for module in model.modules() if isinstance(module, train.BLOCKS)][-1]
         next(leaf for leaf in block.modules() if not list(leaf.children())).register_forward_hook(
             lambda *_: calls.append(1))
@@ -922,13 +914,11 @@ def test_losses_against_numpy(name):
     y, s = (noise(2, 2, 2, 9000, seed=seed, scale=0.3).double() for seed in (0, 1))
     s[1, 1] = 0                                                       # a silent source
     a, b = y.numpy(), s.numpy()
-
     def spectral(window, hop):
         Y, S = (spectrum(x, window, hop) for x in (a, b))
         compressed = [np.maximum(abs(X), 1e-5) ** 0.3 for X in (Y, S)]
         error = np.subtract(*(x * X / np.maximum(abs(X), 1e-5) for x, X in zip(compressed, (Y, S))))
         return np.mean((compressed[0] - compressed[1]) ** 2) + np.mean([error.real ** 2, error.imag ** 2])
-
     def si_sdr(y, s):
         tiny = 2.0 ** -23
         part = (y @ s + tiny) / (s @ s + tiny) * s
@@ -1026,7 +1016,6 @@ def test_an_interrupted_validation_is_made_up_for(songs, tmp_path, monkeypatch):
     last, best = (torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt"))
     assert last["validated"] == best["step"] == int(row["step"]) == 3
     assert last["best"] == best["valid_sdr_vocals"] == float(row["valid_sdr_vocals"])
-
     monkeypatch.setattr(evaluate, "separated", lambda model, track, bf16: (
         track.load("mixture"), {"vocals": 99 * track.load("mixture")}))                       # a worse one
     assert call(train.main, *flags(songs, out, steps=4))[0] == 0
@@ -1034,7 +1023,6 @@ def test_an_interrupted_validation_is_made_up_for(songs, tmp_path, monkeypatch):
 
 def test_what_is_not_finite_is_skipped_and_20_in_a_row_the_end(songs, tmp_path, monkeypatch):
     real = train.gradient
-
     def spoil(network, data, args):                                   # as an overflow in the network would
         loss, waited = real(network, data, args)
         spoil.step += 1
@@ -1055,7 +1043,6 @@ def test_what_is_not_finite_is_skipped_and_20_in_a_row_the_end(songs, tmp_path, 
 
 def test_a_full_disk_ends_a_run_only_at_its_end(songs, trained, tmp_path, monkeypatch):
     real, out = mss.save_checkpoint, tmp_path / "run"
-
     def save(path, *words, **state):
         if state["step"] in full or path.name in full:
             raise mss.UserError(f"{path}: No space left on device")
@@ -1087,7 +1074,7 @@ def test_train_refuses(songs, trained, tmp_path):
     fails(train.main, *flags(songs, trained, width=4), saying=("--width 2", "this command: 4"))
     fails(train.main, *flags(songs, trained, seed=4), saying=("--seed 0", "this command: 4"))
     assert (trained / "last.pt").read_bytes() == before
-    for change, words in ((dict(model="ResUnet"), ("ResUnet", "ResUNetDecouple+")), (dict(device="gpu"), ("gpu",)),
+    for change, words in ((dict(model="ResUnet"), ("ResUnet", "ResUNetDecouple+")), (dict(hop=2048), ("--hop",)),
                           (dict(device="cuda:99"), ("cuda:99",)), (dict(steps=0), ("--steps 0",)),
                           (dict(step=3), ("--step",)), (dict(lr="nan"), ("nan",)), (dict(workers=-1), ("--workers",)),
                           (dict(source="vocal"), ("vocal", "accompaniment")), (dict(musdb="x"), ("x: ", "no folder"))):
@@ -1155,7 +1142,6 @@ def test_formats_and_levels(checkpoint, tmp_path):
         assert soundfile.info(tmp_path / "loud" / f"vocals.{ext}").subtype == subtype
         (coded,) = stems(tmp_path / "loud", f"vocals.{ext}")
         assert coded.shape == mixture.shape and (coded - vocals).square().mean().sqrt() < limit * vocals.std()
-
     mss.write_audio(song, 5 * mixture, RATE)
     for mode, words in (("none", "clips above 1"), ("clamp", "clips above 1"), ("rescale", "all stems x")):
         code, out, err = call(separate.main, *arguments, "--int24", "--clip-mode", mode)
@@ -1189,10 +1175,9 @@ def test_excerpts_targets_and_several_checkpoints(checkpoint, tmp_path):
     one, several = (stems(tmp_path / folder / "song", "vocals.wav")[0] for folder in ("vocals", "bass-drums-vocals"))
     assert torch.equal(one, several)
     fails(separate.main, song, "-m", checkpoint, checkpoint, saying=("different targets", "vocals, vocals"))
-    fails(separate.main, song, saying=("-m MODEL", "paper"))
     fails(separate.main, "-m", checkpoint, saying=("FILE",))
-    for flag, value in (("--segment", 0.9), ("--batch-size", 0), ("--duration", 0), ("--start", "nan")):
-        fails(separate.main, song, "-m", checkpoint, flag, value, saying=(flag,))
+    for flag in ("--segment=0.9", "--batch-size=0", "--duration=0", "--start=nan", "--benchmark=nan"):
+        fails(separate.main, song, "-m", checkpoint, flag, saying=(flag.split("=")[0],))
 
 def test_folders_and_names(checkpoint, tmp_path, monkeypatch):
     music = tmp_path / "music"
@@ -1209,6 +1194,25 @@ def test_folders_and_names(checkpoint, tmp_path, monkeypatch):
     code, out, err = call(separate.main, "a.wav", "cd 1/a.wav", "../empty", "-m", checkpoint, "-o", "new")
     assert code == 1 and "../empty: an audio file expected" in err and "1 of 3 songs failed: ../empty" in err
     assert sorted(path.name for path in Path("new").iterdir()) == ["a (wav)", "a (wav)+"]
+
+def test_default_weights_are_small_licensed_described_and_trained_by_the_readme(songs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, song = HERE / "weights" / "vocals.pt", mss.musdb_tracks(songs, "test")[0].files["mixture"]
+    config, _, card = mss.load_checkpoint(path)
+    assert path.stat().st_size <= 5_000_000 and config.targets == ("vocals",)
+    assert all(word in call(separate.main, "--list-models")[1] for word in ("CC BY 4.0", "vocadito", card["licence"]))
+    for main, arguments in ((separate.main, [song]), (evaluate.main, ["--musdb", songs])):
+        code, out, err = call(main, *arguments)
+        assert code == 0 and card["about"] in err and "-m paper" in err and "default" in out
+    assert torch.allclose(sum(stems(Path("separated/mixture"))), mss.read_audio(song)[0], rtol=0, atol=1e-6)
+    assert card["recipe"] in (HERE / "README.md").read_text().replace("\\\n    ", "")
+    assert call(train.main, *card["recipe"].split()[2:], "--musdb", songs, "--steps", 2, "--workers", 0)[0] == 0
+
+def test_default_weights_lift_a_voice_out_of_a_song_held_out():
+    track = mss.musdb_tracks(data("everything_is_free"), "valid")[0]
+    vocals, mixture = (track.load(name, 200 * RATE, 20 * RATE) for name in ("vocals", "mixture"))
+    (estimate,) = mss.separate_track(mss.load_checkpoint(HERE / "weights" / "vocals.pt")[1], mixture)
+    assert mss.sdr(vocals, estimate) > max(1, mss.sdr(vocals, mixture) + 3)          # silence: 0 dB
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     log_message = lambda *arguments: None
@@ -1300,7 +1304,6 @@ def test_evaluate(songs, trained, tmp_path, monkeypatch):
     mp3 = base64.b64decode(re.findall(r"data:audio/mpeg;base64,([^\"]+)", page)[0])
     heard, rate = soundfile.read(io.BytesIO(mp3))
     assert rate == RATE and mss.sdr(track.load("mixture").T, heard) > 20                      # the whole song: 3 s
-
     monkeypatch.setattr(evaluate, "separated", None)                  # what is done is read back, and looks the same
     assert call(evaluate.main, *command) == (0, stdout, "")
     flags = "--musdb", songs, "--csv", "b.csv", "--full", "--workers", 2

@@ -54,7 +54,8 @@ RECIPES = {     # lr None: LEARNING_RATE; clip 0: none. Ours, where the seeds do
 }
 DEMO = dict(model="UNetDecouple+", width=8, steps=250, batch_size=4, segment=1.0, lr=2e-3, warmup=25,
             validate_every=50, save_every=[(50, 600)], log_every=10)               # without --musdb
-SETTINGS = ("model", "width", *RECIPE, "seed", "bf16", "ema")
+SIZES = ("width", "window", "hop")
+SETTINGS = ("model", *SIZES, *RECIPE, "seed", "bf16", "ema")
 LOG = ("step", "loss", "lr", "grad_norm", "ms_per_step", "data_wait", "skipped", "unreadable")
 RANK = int(os.environ.get("RANK", 0))           # torchrun's: the number of this process, and how many there are
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1       # some schedulers set it alone
@@ -334,7 +335,7 @@ def resume(out, settings, model, average, optimizer):
             raise mss.UserError(f"{out} holds a best.pt, but no last.pt to resume from; choose another --out")
         return {"step": 0, "best": -math.inf, "validated": 0, "skipped": 0, "unreadable": 0, "settings": settings}
     _, saved, state = mss.load_checkpoint(path)
-    theirs = state.get("settings", {})
+    theirs = {**vars(saved.config), **state.get("settings", {})}
     if not theirs.get("augment"):                                     # a run from before there were recipes
         theirs = {**dict(zip(RECIPE, RECIPES[saved.config.model])), **theirs}
     differ = [f"--{name.replace('_', '-')} {theirs.get(name)} (this command: {settings[name]})" if name != "songs"
@@ -525,8 +526,7 @@ def train(args, run, model, average, optimizer, segments, held_out):
             torch._foreach_lerp_(*floats, 1 - min(args.ema, (1 + run["step"]) / (10 + run["step"])))
         if failed == 20:
             raise mss.UserError(f"20 steps in a row without a finite loss and gradient, to step {run['step']}: loss "
-                                f"{loss:.3g}, gradient norm {norm:.3g}; nothing was learned from them, last.pt is "
-                                "older; try a lower --lr in another --out")
+                                f"{loss:.3g}, gradient norm {norm:.3g}; last.pt is older; try a lower --lr elsewhere")
         log.step(run, group["lr"], loss, norm, waited)
 
 # ---- What the machine can do -----------------------------------------------------------------------------------------
@@ -536,7 +536,7 @@ def measure(args, name, changes, real):
     args = argparse.Namespace(**{**vars(args), **changes, "lr": 0.0})
     if args.channels_last:
         mss.keep_memory()
-    config, device = mss.Config(model=args.model, targets=args.source, width=args.width), mss.pick_device(args.device)
+    config, device = config_of(args), mss.pick_device(args.device)
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = args.tf32, True
     layout, dtype = ((torch.contiguous_format, torch.channels_last)[args.channels_last],
                      (torch.float32, torch.bfloat16)[args.bf16])
@@ -561,8 +561,8 @@ def measure(args, name, changes, real):
 def benchmark(args):
     """Print what the steps and the loader do; each row is measured for args.benchmark seconds by a new process."""
     cuda, args.steps, args.initial = mss.pick_device(args.device).type == "cuda", 1 << 40, None
-    segments, _ = open_data(args, mss.Config(model=args.model, targets=args.source))      # the rows find them, too
-    print(f"{args.model}, width {args.width}, batch {args.batch_size} of {args.segment:g} s, "
+    segments, _ = open_data(args, config_of(args))                    # the rows find them, too
+    print(f"{args.model}, {args.width}/{args.window}/{args.hop}, batch {args.batch_size} of {args.segment:g} s, "
           f"{mss.pick_device(args.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{args.workers} workers\n"
           f"{'':25} steps/s  samples/s    GFLOP/s  3x3 conv's share  data wait peak GiB", flush=True)
@@ -594,16 +594,16 @@ def interval(text):
 def flags():
     parser = mss.parser(__doc__)
     add = parser.add_argument
-    add("--source", "--target", help="what to separate, such as vocals or vocals,bass,drums,other with one network "
-        "(default: as in RECIPES, which is vocals for the paper's models)")
-    add("--musdb", default=os.environ.get("MUSDB_PATH"), help="dataset folder (env MUSDB_PATH); without it a small "
-        "network trains on built-in synthetic songs")
+    add("--source", "--target", help="such as vocals, or vocals,bass,drums,other with one network; paper: vocals")
+    add("--musdb", default=os.environ.get("MUSDB_PATH"), help="dataset (env MUSDB_PATH; default: synthetic songs)")
     add("--cache", help="where .stem.mp4 (default: ROOT-wav beside ROOT) and, if given, flac and ogg are decoded to")
     add("--out", help="folder of checkpoints and log (default: runs/SOURCE)")
-    add("--init", metavar="FILE", help="fine-tune these weights: a checkpoint, paper or paper-accompaniment")
+    add("--init", metavar="FILE", help="fine-tune these weights: a checkpoint, default, paper or paper-accompaniment")
     add("--model", choices=tuple(mss.MODELS), help="row of the paper's Table 3, or a relative; where the help says "
         "'paper', a relative has its own default, see RECIPES; without --musdb sizes are small and --lr is 0.002")
-    add("--width", type=int, help="features of the first encoder; paper: 32")
+    add("--width", type=int, default=0, help="features of the first encoder; paper: 32; 0: the model's own")
+    add("--window", type=int, default=0, help="samples of the STFT's window; paper: 2048")
+    add("--hop", type=int, default=0, help="samples between its frames; paper: 441")
     add("--steps", type=int, help="paper: 300,000")
     add("--hours", type=float, default=1e9, help="save and stop after that long")
     add("--batch-size", type=int, help="of a step, whatever the number of processes; paper: 16")
@@ -630,36 +630,39 @@ def flags():
     add("--benchmark", type=float, nargs="?", const=20.0, metavar="S", help="measure for S seconds a row, and exit")
     return parser
 
+def config_of(args):
+    return mss.Config(args.model, args.source, width=args.width, window=args.window, hop=args.hop)
+
 def parse(argv):
     parser = flags()
     args = parser.parse_args(argv)
     defaults = {"initial": None, **(PAPER if args.musdb else DEMO)}
     if args.init:
         config, defaults["initial"], _ = mss.load_checkpoint(separate.checkpoint_path(args.init))
-        defaults.update(model=config.model, width=config.width, source=",".join(config.targets))
+        defaults.update({name: getattr(config, name) for name in ("model", *SIZES)}, source=",".join(config.targets))
     parser.set_defaults(**{**dict(zip(RECIPE, RECIPES[args.model or defaults["model"]])), **defaults})
     args = parser.parse_args(argv)
-    args.width = mss.Config(model=args.model).width if args.width is None else args.width
     args.source = tuple(args.source.split(","))
+    vars(args).update({name: vars(config_of(args))[name] for name in SIZES})
     args.augment = [name for name in mss.AUGMENTATIONS if name in args.augment]
     if not set(args.source) <= set(LEARNING_RATE) or len(set(args.source)) < len(args.source):
         parser.error(f"--source {','.join(args.source)}: some of {','.join(LEARNING_RATE)} expected, each once")
     args.out = Path(args.out or f"runs/{'-'.join(args.source)}")
     args.lr = float(np.mean([LEARNING_RATE[name] for name in args.source])) if args.lr is None else args.lr
     args.save_every = tuple(map(min, zip(*args.save_every)))          # steps, seconds
-    for name in ("width", "steps", "hours", "batch_size", "accumulate", "segment", "lr", "mix_audio", "validate_every",
+    for name in (*SIZES, "steps", "hours", "batch_size", "accumulate", "segment", "lr", "mix_audio", "validate_every",
                  "log_every"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a positive number expected")
-    if not 0 <= args.seed < 2 ** 63 or args.segment < 0.1 or not 0 <= args.ema < 1:
-        parser.error("--seed from 0 up, --segment from 0.1 s up and --ema from 0 to below 1 expected")
-    if not all(0 <= x < math.inf for x in (args.workers, args.warmup, args.weight_decay, args.clip)):
-        parser.error("--workers, --warmup, --weight-decay and --clip from 0 up expected")
+    if args.window % 512 or args.hop >= args.window:                  # the pooled bins; what istft can invert
+        parser.error("--window in multiples of 512 and --hop below it expected")
+    if not (0 <= args.seed < 2 ** 63 and 0.1 <= args.segment and 0 <= args.ema < 1 and all(
+            0 <= x < math.inf for x in (args.workers, args.warmup, args.weight_decay, args.clip))):
+        parser.error("--seed, --workers, --warmup, --weight-decay, --clip from 0, --segment from 0.1, --ema in [0, 1)")
     if args.benchmark is not None and (WORLD > 1 or not 0 < args.benchmark < math.inf):
         parser.error("--benchmark: a positive number of seconds and one process expected")
     if min(args.save_every) <= 0 or args.batch_size % (args.accumulate * WORLD):
-        parser.error(f"--save-every above 0 and --batch-size in multiples of {args.accumulate * WORLD} expected "
-                     f"(--accumulate {args.accumulate}, {WORLD} processes)")
+        parser.error(f"--save-every above 0, --batch-size in multiples of {args.accumulate * WORLD} expected")
     return args
 
 def open_data(args, config):
@@ -685,13 +688,11 @@ def train_on(args):
     if WORLD > 1:
         dist.init_process_group(timeout=datetime.timedelta(hours=2))  # others may validate long songs for long
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    config = mss.Config(model=args.model, targets=args.source, width=args.width)
+    config = config_of(args)
     if args.initial:
-        config = dataclasses.replace(args.initial.config, targets=args.source)
-        theirs = args.initial.config.targets
-        if (config.model, config.width, len(config.targets)) != (args.model, args.width, len(theirs)):
-            raise mss.UserError(f"--init {args.init} is {config.model} of width {config.width} for {','.join(theirs)}: "
-                                "the same --model, --width and number of sources expected")
+        config = dataclasses.replace(theirs := args.initial.config, targets=args.source)
+        if len(theirs.targets) != len(args.source) or any(vars(theirs)[x] != vars(args)[x] for x in ("model", *SIZES)):
+            raise mss.UserError(f"--init {args.init}: same model, sizes and number of sources expected, found {theirs}")
     if RANK:                                                          # rank 0 writes and decodes, the others then find
         dist.barrier()
     segments, held_out = open_data(args, config)
