@@ -546,7 +546,7 @@ class Separator(nn.Module):
     """(B, C, L) -> (B, S, C, L) for any L. Under autocast only the backbone leaves float32."""
     def __init__(self, config, backbone, rule):
         super().__init__()
-        self.config, self.rule = config, rule
+        self.config, self.rule, self.stride = config, rule, config.hop         # blocks of a song share the frames' grid
         maps = len(config.targets) * config.channels
         self.norm = batch_norm(config.window // 2 + 1)                # of |X|, per bin: not in the paper
         self.backbone = backbone(config.channels, config.width)
