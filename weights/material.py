@@ -6,8 +6,9 @@ DATA holds everything_is_free/, mdn_multitrack/ and vocadito/. SONG, by default 
 Free to validate with: nothing of it is in OUT/train. Songs that are there already are kept; all that is random in one
 follows from its number or name.
 
-Besides the project's packages this takes pyworld (pip), the programs fluidsynth, espeak-ng and flite, and the sound
-fonts below (Debian: fluid-soundfont-gm, musescore-general-soundfont).
+Only this script, which nothing else needs, takes more than the project's packages: pyworld (pip; it wants setuptools
+below 81), the programs fluidsynth, espeak-ng and flite, and the sound fonts below (Debian: fluid-soundfont-gm,
+musescore-general-soundfont).
 """
 import concurrent.futures
 import math
