@@ -54,8 +54,8 @@ RECIPES = {     # lr None: LEARNING_RATE; clip 0: none. Ours, where the seeds do
 }
 DEMO = dict(model="UNetDecouple+", width=8, steps=250, batch_size=4, segment=1.0, lr=2e-3, warmup=25,
             validate_every=50, save_every=[(50, 600)], log_every=10)               # without --musdb
-SIZES = ("width", "window", "hop")
-SETTINGS = ("model", *SIZES, *RECIPE, "seed", "bf16", "ema")
+SHAPE = ("width", "window", "hop")
+SETTINGS = ("model", *SHAPE, *RECIPE, "seed", "bf16", "ema")
 LOG = ("step", "loss", "lr", "grad_norm", "ms_per_step", "data_wait", "skipped", "unreadable")
 RANK = int(os.environ.get("RANK", 0))           # torchrun's: the number of this process, and how many there are
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1       # some schedulers set it alone
@@ -639,18 +639,18 @@ def parse(argv):
     defaults = {"initial": None, **(PAPER if args.musdb else DEMO)}
     if args.init:
         config, defaults["initial"], _ = mss.load_checkpoint(separate.checkpoint_path(args.init))
-        defaults.update({name: getattr(config, name) for name in ("model", *SIZES)}, source=",".join(config.targets))
+        defaults.update({name: getattr(config, name) for name in ("model", *SHAPE)}, source=",".join(config.targets))
     parser.set_defaults(**{**dict(zip(RECIPE, RECIPES[args.model or defaults["model"]])), **defaults})
     args = parser.parse_args(argv)
     args.source = tuple(args.source.split(","))
-    vars(args).update({name: vars(config_of(args))[name] for name in SIZES})
+    vars(args).update({name: vars(config_of(args))[name] for name in SHAPE})
     args.augment = [name for name in mss.AUGMENTATIONS if name in args.augment]
     if not set(args.source) <= set(LEARNING_RATE) or len(set(args.source)) < len(args.source):
         parser.error(f"--source {','.join(args.source)}: some of {','.join(LEARNING_RATE)} expected, each once")
     args.out = Path(args.out or f"runs/{'-'.join(args.source)}")
     args.lr = float(np.mean([LEARNING_RATE[name] for name in args.source])) if args.lr is None else args.lr
     args.save_every = tuple(map(min, zip(*args.save_every)))          # steps, seconds
-    for name in (*SIZES, "steps", "hours", "batch_size", "accumulate", "segment", "lr", "mix_audio", "validate_every",
+    for name in (*SHAPE, "steps", "hours", "batch_size", "accumulate", "segment", "lr", "mix_audio", "validate_every",
                  "log_every"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a positive number expected")
@@ -691,7 +691,7 @@ def train_on(args):
     config = config_of(args)
     if args.initial:
         config = dataclasses.replace(theirs := args.initial.config, targets=args.source)
-        if len(theirs.targets) != len(args.source) or any(vars(theirs)[x] != vars(args)[x] for x in ("model", *SIZES)):
+        if len(theirs.targets) != len(args.source) or any(vars(theirs)[x] != vars(args)[x] for x in ("model", *SHAPE)):
             raise mss.UserError(f"--init {args.init}: same model, sizes and number of sources expected, found {theirs}")
     if RANK:                                                          # rank 0 writes and decodes, the others then find
         dist.barrier()
