@@ -57,10 +57,10 @@ def introduce(names, text="notice: {about}; the paper's quality: -m paper, 461 M
         print(text.format(**mss.load_checkpoint(checkpoint_path("default"))[2]), file=file or sys.stderr)
 
 def list_models():
-    introduce(["default"], "default: {about}; {licence}", sys.stdout)
     for name, (target, sdr, _) in PUBLISHED.items():
         print(f"{name}: {target}, {mss.complement([target])}; {target} {sdr} dB SDR (museval, MUSDB18 test, by "
               "the file's name); 461 MB; trained on MUSDB18, for non-commercial use (Zenodo 5513378)")
+    introduce(["default"], "default: {about}; {licence}", sys.stdout)
 
 class Together(torch.nn.Module):
     """Several models on the same windows: (B, C, L) -> (B, S1 + S2 + ..., C, L)."""

@@ -499,7 +499,7 @@ def test_blocks_equal_the_whole(name, decibels):
         model.train()(x[None])
         whole = model.eval()(x[None])[0]
         whole -= (constant := whole.mean())
-        streamed = mss.separate_track(model, x) - constant
+        streamed = mss.separate_track(model, x, overlap=mss.OVERLAP - 64) - constant
         model.stride = 1
         astray = mss.separate_track(model, x, overlap=mss.OVERLAP - 64) - constant
     assert whole.std() > 1e-3 * constant.abs() and mss.sdr(whole, streamed) > decibels
@@ -1074,7 +1074,7 @@ def test_train_refuses(songs, trained, tmp_path):
     fails(train.main, *flags(songs, trained, width=4), saying=("--width 2", "this command: 4"))
     fails(train.main, *flags(songs, trained, seed=4), saying=("--seed 0", "this command: 4"))
     assert (trained / "last.pt").read_bytes() == before
-    for change, words in ((dict(model="ResUnet"), ("ResUnet", "ResUNetDecouple+")), (dict(hop=2048), ("--hop",)),
+    for change, words in ((dict(model="ResUnet"), ("ResUnet", "ResUNetDecouple+")), (dict(hop=683), ("--hop 683",)),
                           (dict(device="cuda:99"), ("cuda:99",)), (dict(steps=0), ("--steps 0",)),
                           (dict(step=3), ("--step",)), (dict(lr="nan"), ("nan",)), (dict(workers=-1), ("--workers",)),
                           (dict(source="vocal"), ("vocal", "accompaniment")), (dict(musdb="x"), ("x: ", "no folder"))):
@@ -1199,20 +1199,20 @@ def test_default_weights_are_small_licensed_described_and_trained_by_the_readme(
     monkeypatch.chdir(tmp_path)
     path, song = HERE / "weights" / "vocals.pt", mss.musdb_tracks(songs, "test")[0].files["mixture"]
     config, _, card = mss.load_checkpoint(path)
-    assert path.stat().st_size <= 5_000_000 and config.targets == ("vocals",)
+    assert path.stat().st_size <= 5_000_000 and card == {**card, **json.loads((path.parent / "card.json").read_text())}
     assert all(word in call(separate.main, "--list-models")[1] for word in ("CC BY 4.0", "vocadito", card["licence"]))
     for main, arguments in ((separate.main, [song]), (evaluate.main, ["--musdb", songs])):
         code, out, err = call(main, *arguments)
         assert code == 0 and card["about"] in err and "-m paper" in err and "default" in out
-    assert torch.allclose(sum(stems(Path("separated/mixture"))), mss.read_audio(song)[0], rtol=0, atol=1e-6)
     assert card["recipe"] in (HERE / "README.md").read_text().replace("\\\n    ", "")
     assert call(train.main, *card["recipe"].split()[2:], "--musdb", songs, "--steps", 2, "--workers", 0)[0] == 0
+    assert mss.load_checkpoint("runs/default/last.pt")[0] == config
 
 def test_default_weights_lift_a_voice_out_of_a_song_held_out():
     track = mss.musdb_tracks(data("everything_is_free"), "valid")[0]
     vocals, mixture = (track.load(name, 200 * RATE, 20 * RATE) for name in ("vocals", "mixture"))
     (estimate,) = mss.separate_track(mss.load_checkpoint(HERE / "weights" / "vocals.pt")[1], mixture)
-    assert mss.sdr(vocals, estimate) > max(1, mss.sdr(vocals, mixture) + 3)          # silence: 0 dB
+    assert mss.sdr(vocals, estimate) > max(1, mss.sdr(vocals, mixture) + 3)          # silence: 0 dB; 20 s of singing
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     log_message = lambda *arguments: None

@@ -1,6 +1,6 @@
 """Make the songs that vocals.pt learned from: free recordings, sung speech, and scores played by free sound fonts.
 
-    python weights/material.py DATA OUT [SONG]  # three hours in MUSDB's layout, 16-bit WAV, 7 GB; ten minutes
+    python weights/material.py DATA OUT [SONG]  # an hour and a half in MUSDB's layout, 16-bit WAV, 4 GB; ten minutes
 
 DATA holds everything_is_free/, mdn_multitrack/ and vocadito/. SONG, by default 3.Sodium, is the one of Everything Is
 Free to validate with: nothing of it is in OUT/train. Songs that are there already are kept; all that is random in one
