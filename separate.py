@@ -36,7 +36,7 @@ AUDIO = set(".wav .flac .ogg .opus .mp3 .aif .aiff .caf .m4a .aac .mp4 .mov .mkv
 def checkpoint_path(name):
     """The file of a name, those of PUBLISHED downloaded once into torch.hub's cache, or UserError; others are paths."""
     if name not in PUBLISHED:
-        return Path(__file__).with_name("weights") / "vocals.pt" if name == "default" else Path(name)
+        return Path(__file__).resolve().with_name("weights") / "vocals.pt" if name == "default" else Path(name)
     target, sdr, sha256 = PUBLISHED[name]
     url = URL.format(target, sdr)
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1].removesuffix("?download=1"))

@@ -655,7 +655,7 @@ def parse(argv):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a positive number expected")
     if args.window % 512 or args.hop > args.window // 3:              # the pooled bins; what istft inverts to the end
-        parser.error(f"--window {args.window}, --hop {args.hop}: multiples of 512, at most a third of it expected")
+        parser.error(f"--window {args.window}, --hop {args.hop}: a multiple of 512, at most a third of it expected")
     if not (0 <= args.seed < 2 ** 63 and 0.1 <= args.segment and 0 <= args.ema < 1 and all(
             0 <= x < math.inf for x in (args.workers, args.warmup, args.weight_decay, args.clip))):
         parser.error("--seed, --workers, --warmup, --weight-decay, --clip from 0, --segment from 0.1, --ema in [0, 1)")
