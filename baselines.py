@@ -2,7 +2,8 @@
 
 The Wave-U-Nets map waveforms (B, C, L) to (B, S, C, L), the others complex spectrograms
 (B, C, T, F) to (B, S, C, T, F). mss.MODELS gives them names, train.RECIPES says what they are
-trained with. Each has
+trained with. Each is made by Network(channels, [bins of a spectrogram,] sources, width, residual),
+of which it may not need all, and has
 
     STRIDE    inputs that begin a multiple of it apart, in samples or frames, are sampled alike;
               DPRNN and PM-Unet also normalise over all that they see, so that all of it matters

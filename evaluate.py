@@ -21,20 +21,19 @@ import time
 import zlib
 from pathlib import Path
 
-import mss                                      # first: it sets how torch's threads wait
-
 import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
 
 import baselines
+import mss
 import separate
 
 SDR = "SDR (museval: median over 1 s frames, median over tracks)"
 USDR = "uSDR (whole song, mean over tracks, those with a silent reference left out)"
 METRICS = ("SDR", "ISR", "SIR", "SAR")          # ISR, SIR and SAR are aggregated as SDR is
-COLUMNS = ("track", "system", "target", *METRICS, "uSDR", "frames", "frames_total")
+CSV_COLUMNS = ("track", "system", "target", *METRICS, "uSDR", "frames", "frames_total")
 TARGETS = ("vocals", "accompaniment", "bass", "drums", "other")
 
 # ---- BSS Eval v4, as museval 0.4.1 computes it --------------------------------------------------
@@ -235,7 +234,7 @@ def estimate_files(folder, subset, name):
     files = {}
     for place in places:
         for path in sorted(place.glob("*")):                          # the last one wins: wav
-            if path.stem in TARGETS and path.suffix.lower() in separate.AUDIO:
+            if path.stem in TARGETS and path.suffix.lower() in mss.AUDIO:
                 files[path.stem] = path
     if not files:
         raise mss.UserError(f"{places[1]}: some of {', '.join(TARGETS)}.wav expected, found none")
@@ -359,7 +358,7 @@ def finite(how, values):
     return float(how(values)) if len(values) else np.nan
 
 def summary(track, scores):
-    """{system: {target: scores}} of a track -> a row of COLUMNS for each system and target."""
+    """{system: {target: scores}} of a track -> a row of CSV_COLUMNS for each system and target."""
     rows = []
     for system, targets in scores.items():
         for target, values in targets.items():
@@ -414,8 +413,8 @@ def write_csv(path, rows):
     with mss.replacing(path) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows([row.get(column, "") for column in COLUMNS] for row in rows)
+            writer.writerow(CSV_COLUMNS)
+            writer.writerows([row.get(column, "") for column in CSV_COLUMNS] for row in rows)
 
 def write_json(path, scores):
     """museval's layout, which its EvalStore reads: rounded to 1e-5, infinite values NaN."""
@@ -661,7 +660,7 @@ def work(args, model, tracks, columns, store):
     """Score the tracks that are this process's turn; print and write what is known by then."""
     torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
     caught = (mss.UserError, OSError, MemoryError, torch.OutOfMemoryError)
-    for i in separate.turns(store, len(tracks)):
+    for i in mss.turns(store, len(tracks)):
         try:
             result = evaluate_track(args, model, tracks[i])
         except () if args.debug else caught as error:
@@ -700,7 +699,7 @@ def start_workers(args, tracks, columns):
     signal.signal(signal.SIGINT, handler)
     return store
 
-def gather(store, tracks):
+def collect(store, tracks):
     """The results of all processes, when they are there; of one that died an error."""
     keys = [f"track {i}" for i in range(len(tracks))]
     launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -837,11 +836,11 @@ def main(argv=None):
     args = parse(argv)
 
     # Process 0 downloads and decodes; the others wait.
-    store, rank = separate.shared_store()
+    store, rank = mss.shared_store()
     if rank == 0:
         mss.introduce_default(args.model)
     else:
-        separate.wait_for(store, ["ready"])
+        mss.wait_for(store, ["ready"])
     device = mss.pick_device(args.device)
     model = mss.load_models(args.model, device) if args.model else None
     tracks = mss.musdb_tracks(args.musdb, args.subset, args.cache)
@@ -862,7 +861,7 @@ def main(argv=None):
     work(args, model, tracks, columns, store)
     if rank > 0:
         return 0
-    return finish(args, title, columns, gather(store, tracks))
+    return finish(args, title, columns, collect(store, tracks))
 
 if __name__ == "__main__":
     mss.run(main)

@@ -14,9 +14,6 @@ separation, ISMIR 2021. "The published code": github.com/bytedance/music_source_
 
 Four parts: I. the paper; II. using a model; III. songs; IV. files and scripts.
 """
-import os
-# Waiting threads soon sleep: beside busy neighbours training is 7 times as fast. Before torch.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import argparse
 import contextlib
 import ctypes
@@ -25,6 +22,7 @@ import functools
 import http.client
 import itertools
 import math
+import os
 import re
 import shutil
 import signal
@@ -52,7 +50,7 @@ SOURCES = ("vocals", "bass", "drums", "other")  # "accompaniment" is the sum of 
 
 @dataclasses.dataclass
 class Config:
-    """Everything needed to build a model; by default the paper's. Checkpoints hold it as a dict."""
+    """What a model is built from; by default the paper's. Other models' sizes: train.RECIPES."""
     model: str = "ResUNetDecouple+"             # a key of MODELS
     targets: tuple = ("vocals",)                # what the model estimates, in this order: S of them
     sample_rate: int = 44100                    # Hz
@@ -150,8 +148,8 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(features_in, features, 1)
 
     def forward(self, x):
-        # In place, to save memory: nobody needs the output of a batch norm or of a convolution
-        # to go backward.
+        # In place, to save memory: going backward needs neither a batch norm's output nor a
+        # convolution's.
         y = self.conv1(F.leaky_relu(self.bn1(x), 0.01, inplace=True))  # (B, D_in, ..) -> (B, D, ..)
         y = self.conv2(F.leaky_relu(self.bn2(y), 0.01, inplace=True))
         return y.add_(self.shortcut(x))
@@ -329,11 +327,10 @@ class WaveformModel(Model):
     """A network of baselines.py from waveforms (B, C, L) to waveforms (B, S, C, L)."""
 
     def __init__(self, config, network):
-        super().__init__(config)
         residual = residual_target(config.targets)
-        self.backbone = network(config.channels, len(config.targets), config.width, residual)
-        self.residual = self.backbone.residual
-        self.stride = self.backbone.STRIDE                            # samples
+        backbone = network(config.channels, len(config.targets), config.width, residual)
+        super().__init__(config, backbone.STRIDE, backbone.residual)  # stride in samples
+        self.backbone = backbone
 
     def forward(self, mixture):
         return self.backbone(mixture)
@@ -342,11 +339,11 @@ class SpectrogramModel(Model):
     """A network of baselines.py from spectrograms (B, C, T, F) to spectrograms (B, S, C, T, F)."""
 
     def __init__(self, config, network):
-        super().__init__(config)
-        bins, residual = config.window // 2 + 1, residual_target(config.targets)
-        self.backbone = network(config.channels, bins, len(config.targets), config.width, residual)
-        self.residual = self.backbone.residual
-        self.stride = self.backbone.STRIDE * config.hop               # frames -> samples
+        bins = config.window // 2 + 1
+        residual = residual_target(config.targets)
+        backbone = network(config.channels, bins, len(config.targets), config.width, residual)
+        super().__init__(config, backbone.STRIDE * config.hop, backbone.residual)
+        self.backbone = backbone
 
     def forward(self, mixture):
         c = self.config
@@ -373,12 +370,12 @@ def one_line(error):
 
 # ---- Whole tracks: blocks in, blocks out --------------------------------------------------------
 
-# 6.39 and 0.63 s. Of these 640 frames 576 lie between two starts, a multiple of what the pooling
-# divides by: so all segments are pooled alike, and without padding.
+# 6.39 and 0.63 s. 639 hops make 640 frames, and starts lie 576 apart, which both the pooling's 32
+# and 64 divide: all segments are pooled alike, and without padding.
 SEGMENT, OVERLAP = 639 * 441, 63 * 441
 
 class Lookahead:
-    """A stream of (..., n) tensors, joined; only what was peeked at and not dropped is kept."""
+    """A stream of (..., n) tensors, joined; what has been dropped is forgotten."""
 
     def __init__(self, blocks):
         self.blocks = iter(blocks)
@@ -550,7 +547,7 @@ def decibels(signal, error):
         return 10 * np.log10(np.divide(signal, error))
 
 def sdr(reference, estimate, epsilon=0.0):
-    """SDR in dB over all samples and channels of two arrays of one shape.
+    """10 log10(|s|^2 / |y - s|^2) in dB, over all samples and channels of two arrays of one shape.
 
     `epsilon` is added to both energies.
     """
@@ -620,8 +617,8 @@ def load_checkpoint(path, device="cpu"):
     model = model.to(device, torch.float32, memory_format=torch.channels_last)
     return config, model.eval(), content
 
-# The published code's names, ours, and what its blocks' first numbers are; in bottlenecks a letter,
-# read as a hexadecimal digit, so that a is 10. Ours count from 0.
+# The published code's names, ours, and the first number in each of theirs; ours count from 0. In
+# the bottleneck it is a letter, read as a hexadecimal digit: a is 10.
 PUBLISHED_NAMES = (
     (r"^bn0", "norm", ()),
     (r"^encoder_block(\d)\.conv_block(\d)", "backbone.encoders.{}.{}", (1, 1)),
@@ -886,6 +883,28 @@ def shift(x, rng):
     """Begin up to 8192 samples later."""
     return x[:, rng.integers(min(8192, x.shape[1]) + 1):]
 
+def stretch(audio, percent):
+    """(C, L) -> (C, L * percent / 100, or some more) of the same pitch: a phase vocoder."""
+    window, hop = 2048, 512
+    hann = torch.hann_window(window, dtype=audio.dtype)
+    padded = F.pad(audio, (0, window))
+    X = torch.stft(padded, window, hop, window=hann, return_complex=True)         # (C, F, T)
+
+    # Magnitudes between frames are interpolated.
+    frames = (X.shape[2] - 1) * percent // 100
+    t = torch.arange(frames) * (100 / percent)                        # where they lie in X
+    i = t.long()
+    size = X.abs()
+    magnitude = torch.lerp(size[..., i], size[..., i + 1], t - i)
+
+    # Phases advance from one new frame to the next as they do around it in X, in all channels
+    # alike. In the middle they are X's own, for at the ends there are reflections.
+    turns = (X[..., 1:] * X[..., :-1].conj()).sum(0).angle()          # (F, T - 1)
+    advance = turns[:, i].cumsum(1) - turns[:, i]
+    drift = advance - F.pad(turns, (1, 0)).cumsum(1)[:, i]
+    phase = X.angle()[..., i] + drift - drift[:, frames // 2, None]
+    return torch.istft(torch.polar(magnitude, phase), window, hop, window=hann)
+
 def pitch(x, rng):
     """Up to 5 semitones down or up, in the same time."""
     percent = int(rng.integers(75, 134))
@@ -943,28 +962,6 @@ AUGMENTATIONS = {                               # optional; applied in this orde
     "mono": Augmentation(mono, 0.1),
     "reverse": Augmentation(reverse, 0.2, vocals_only=True),
 }
-
-def stretch(audio, percent):
-    """(C, L) -> (C, L * percent / 100, or some more) of the same pitch: a phase vocoder."""
-    window, hop = 2048, 512
-    hann = torch.hann_window(window, dtype=audio.dtype)
-    padded = F.pad(audio, (0, window))
-    X = torch.stft(padded, window, hop, window=hann, return_complex=True)         # (C, F, T)
-
-    # Magnitudes between frames are interpolated.
-    frames = (X.shape[2] - 1) * percent // 100
-    t = torch.arange(frames) * (100 / percent)                        # where they lie in X
-    i = t.long()
-    size = X.abs()
-    magnitude = torch.lerp(size[..., i], size[..., i + 1], t - i)
-
-    # Phases advance from one new frame to the next as they do around it in X, in all channels
-    # alike. In the middle they are X's own, for at the ends there are reflections.
-    turns = (X[..., 1:] * X[..., :-1].conj()).sum(0).angle()          # (F, T - 1)
-    advance = turns[:, i].cumsum(1) - turns[:, i]
-    drift = advance - F.pad(turns, (1, 0)).cumsum(1)[:, i]
-    phase = X.angle()[..., i] + drift - drift[:, frames // 2, None]
-    return torch.istft(torch.polar(magnitude, phase), window, hop, window=hann)
 
 # ---- Training examples --------------------------------------------------------------------------
 
@@ -1032,14 +1029,14 @@ class Segments(torch.utils.data.Dataset):
 
     def segment(self, source, rng):
         """A random segment of `source`, from a song that can be read -> (C, L)."""
-        for left in reversed(range(10)):
+        for attempt in range(1, 11):
             k, start = self.draw(rng)
             try:
                 audio = self.read(k, start, source)
                 break
             except (OSError, RuntimeError, UserError) as error:       # RuntimeError: unequal stems
                 name = self.tracks[k].name
-                if not left:
+                if attempt == 10:
                     raise UserError(f"{name}: {one_line(error)}") from error
 
                 if not self.unreadable[k]:
@@ -1063,6 +1060,10 @@ class Segments(torch.utils.data.Dataset):
 # ==== IV. Files and scripts ======================================================================
 # Audio files, resampling, and what the commands share. Arrays are (L, C) only inside read_samples
 # and write_blocks; everywhere else audio is (C, L).
+
+AUDIO = {               # of files in folders
+    ".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".caf", ".m4a", ".aac", ".mp4",
+    ".mov", ".mkv", ".webm", ".wma"}
 
 def run_ffmpeg(path, *output):
     """Run `ffmpeg -i path *output`. Raises UserError where the program is missing or fails."""
@@ -1316,6 +1317,33 @@ def pick_device(name):
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: no such device here: {one_line(error)}") from None
+
+def shared_store():
+    """(what torchrun's processes share, this one's rank); without torchrun a store of its own."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return torch.distributed.HashStore(), 0
+    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    return store, rank
+
+def wait_for(store, keys):
+    """Until other processes have set the keys; store.wait would hold up signals."""
+    while not store.check(keys):
+        time.sleep(0.2)
+
+def turns(store, count):
+    """Yield the numbers below `count` that no other process took before: a free one takes more."""
+    while (i := store.add("turn", 1) - 1) < count:
+        yield i
+
+def peak_memory(device):
+    """The most memory that this process has held so far, on the GPU if it uses one, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2 ** 30
+    with contextlib.suppress(ImportError):                            # Windows
+        import resource
+        unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return math.nan
 
 def introduce_default(names):
     """Say on stderr what the default weights are, if `names` mean them, and what is better."""

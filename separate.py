@@ -17,15 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import mss                                      # first: it sets how torch's threads wait
-
 import torch
 
-AUDIO = {               # files in folders
-    ".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".caf", ".m4a", ".aac", ".mp4",
-    ".mov", ".mkv", ".webm", ".wma"}
+import mss
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Options:
     """How songs are separated and written: the command's flags."""
     ext: str = "wav"
@@ -166,7 +162,7 @@ def audio_files(folder, out):
     files = []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
-        if path.suffix.lower() not in AUDIO or hidden or not path.is_file():
+        if path.suffix.lower() not in mss.AUDIO or hidden or not path.is_file():
             continue
         if not inside or out.resolve() not in path.resolve().parents:
             files.append(path)
@@ -207,34 +203,7 @@ def check_outputs(songs, options, model):
         raise mss.UserError(f"{', '.join(over)}: stems would be written over it; choose another "
                             "--out")
 
-def shared_store():
-    """(what torchrun's processes share, this one's rank); without torchrun a store of its own."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return torch.distributed.HashStore(), 0
-    store, rank, _ = next(torch.distributed.rendezvous("env://"))
-    return store, rank
-
-def wait_for(store, keys):
-    """Until other processes have set the keys; store.wait would hold up signals."""
-    while not store.check(keys):
-        time.sleep(0.2)
-
-def turns(store, count):
-    """Yield the numbers below `count` that no other process took before: a free one takes more."""
-    while (i := store.add("turn", 1) - 1) < count:
-        yield i
-
 # ---- The command --------------------------------------------------------------------------------
-
-def peak_memory(device):
-    """The most memory that this process has held so far, on the GPU if it uses one, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2 ** 30
-    with contextlib.suppress(ImportError):                            # Windows
-        import resource
-        unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return math.nan
 
 def list_models():
     for name, (target, sdr, _) in mss.PUBLISHED.items():
@@ -346,7 +315,7 @@ def separate_song(args, model, path, folder, title):
     factor = f"{seconds / length:.3f}" if length else "n/a"
     device = next(model.parameters()).device
     told = (f"{title}{path}: {length:.1f} s, {'+'.join(args.model)} on {device}, real-time factor "
-            f"{factor}, {peak_memory(device):.2f} GiB at the peak")
+            f"{factor}, {mss.peak_memory(device):.2f} GiB at the peak")
     print(*paths, told, sep="\n", flush=True)
     return True
 
@@ -357,26 +326,26 @@ def main(argv=None):
         return 0
 
     # Process 0 downloads and searches, before any stem is written; the others wait.
-    store, rank = shared_store()
+    store, rank = mss.shared_store()
     if rank == 0:
         mss.introduce_default(args.model)
         found = find_songs(args.inputs, args.out)
     else:
-        wait_for(store, ["songs"])
+        mss.wait_for(store, ["songs"])
     model = mss.load_models(args.model, mss.pick_device(args.device))
     if rank == 0:
         check_outputs(found, args.options, model)
         store.set("songs", json.dumps([[str(path) for path in song] for song in found]))
     songs = [[Path(path) for path in song] for song in json.loads(store.get("songs"))]
 
-    for i in turns(store, len(songs)):
+    for i in mss.turns(store, len(songs)):
         title = f"[{i + 1}/{len(songs)}] " if len(songs) > 1 else ""
         store.set(f"song {i}", str(separate_song(args, model, *songs[i], title)))
     if rank > 0:
         return 0
 
     # Process 0 speaks for all.
-    wait_for(store, [f"song {i}" for i in range(len(songs))])
+    mss.wait_for(store, [f"song {i}" for i in range(len(songs))])
     failed = [str(path) for i, (path, _) in enumerate(songs) if store.get(f"song {i}") != b"True"]
     if failed and len(songs) > 1:
         print(f"separate.py: {len(failed)} of {len(songs)} songs failed: {', '.join(failed)}",

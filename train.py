@@ -21,8 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-import mss                                      # first: it sets how torch's threads wait
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -32,6 +30,7 @@ import torch.utils.checkpoint
 
 import baselines
 import evaluate
+import mss
 
 # torchrun's: the number of this process, and how many there are. Some schedulers set the latter
 # without torchrun.
@@ -77,42 +76,9 @@ DEMO = dict(                                    # without --musdb: two minutes o
 
 # ---- Losses: estimates, targets (B, S, C, L) -> a number ----------------------------------------
 
-def compressed(audio, window, hop):
-    """(..., L) -> magnitudes to the power 0.3, so that quiet bins count, and these with phases."""
-    X = mss.stft(audio, window, hop) / math.sqrt(window)
-    magnitude = mss.magnitude_of(X) ** 0.3                            # (..., T, F)
-    return magnitude, torch.view_as_real(magnitude * mss.phase_of(X))
-
-def spectral_loss(estimates, targets, window, hop):
-    """The mean squared differences of both that `compressed` gives: PHASEN (Yin et al. 2020)."""
-    magnitude, spectrum = compressed(estimates, window, hop)
-    target_magnitude, target_spectrum = compressed(targets, window, hop)
-    return F.mse_loss(magnitude, target_magnitude) + F.mse_loss(spectrum, target_spectrum)
-
-def si_sdr(estimates, targets):
-    """Scale-invariant SDR (Le Roux et al. 2019) of each channel in dB: (..., L) twice -> (...)."""
-    epsilon = torch.finfo(torch.float32).eps                          # for silence
-    product = (estimates * targets).sum(-1, keepdim=True)
-    energy = targets.square().sum(-1, keepdim=True)
-    target_part = (product + epsilon) / (energy + epsilon) * targets
-    signal = target_part.square().sum(-1) + epsilon
-    error = (target_part - estimates).square().sum(-1) + epsilon
-    return 10 * torch.log10(signal / error)
-
-def phase_loss(estimates, targets):
-    """DPRNN's."""
-    return spectral_loss(estimates, targets, 2048, 441)
-
-def compound_loss(estimates, targets):
-    """PM-Unet's: waveform, spectrogram and SDR in equal parts."""
-    spectrum = spectral_loss(estimates, targets, 4096, 1024)
-    return (F.l1_loss(estimates, targets) + spectrum - si_sdr(estimates, targets).mean()) / 3
-
-LOSSES = {
+LOSSES = {              # those of the relatives, longer ones, are further down
     "l1": F.l1_loss,                                                  # the paper's, section 4.2
     "mse": F.mse_loss,
-    "phase": phase_loss,
-    "l1+spec": compound_loss,
 }
 
 # ---- Learning rate and optimizer ----------------------------------------------------------------
@@ -267,9 +233,9 @@ def train(args, run, model, average, optimizer, segments, held_out):
             run.skipped += 1
             failures += 1
         if failures == MAX_FAILURES:
-            raise mss.UserError(f"{MAX_FAILURES} steps in a row without a finite loss and gradient, "
-                                f"to step {run.step}: loss {loss:.3g}, gradient norm {norm:.3g}; "
-                                "last.pt is older; try a lower --lr elsewhere")
+            raise mss.UserError(f"{MAX_FAILURES} steps in a row without a finite loss and "
+                                f"gradient, to step {run.step}: loss {loss:.3g}, gradient norm "
+                                f"{norm:.3g}; last.pt is older; try a lower --lr elsewhere")
         run.unreadable = first_unreadable + int(unreadable)
         log.step(run, rate, loss, norm, batches.seconds)
 
@@ -285,14 +251,22 @@ def finish(args, run, log, stop, caught):
 
 def tell_what_is_next(args):
     """After the demo: the commands that let one hear and see what was learned."""
-    songs = sorted(Path(args.musdb, "test").glob("*/mixture.flac"))
-    if not args.demo or not songs or not (args.out / "best.pt").exists():
+    best = args.out / "best.pt"
+    if not args.demo or not best.exists():
         return
-    song, best, root, report = (shlex.quote(str(path)) for path in (
-        songs[0], args.out / "best.pt", args.musdb, args.out / "report"))
+
+    def word(path):
+        """As it is typed here: relative if it lies in this folder, and quoted."""
+        return shlex.quote(str(path).removeprefix(os.getcwd() + os.sep))
+
+    scripts = Path(__file__).resolve().parent
+    separating = f"{word(sys.executable)} {word(scripts / 'separate.py')}"
+    evaluating = f"{word(sys.executable)} {word(scripts / 'evaluate.py')}"
+    song = sorted(Path(args.musdb, "test").glob("*/mixture.flac"))[0]
+    report = args.out / "report"
     print("Hear and see what it learned:\n"
-          f"    python separate.py {song} -m {best}\n"
-          f"    python evaluate.py -m {best} --musdb {root} --report {report}")
+          f"    {separating} {word(song)} -m {word(best)}\n"
+          f"    {evaluating} -m {word(best)} --musdb {word(args.musdb)} --report {word(report)}")
 
 # ---- Validation, checkpoints, log ---------------------------------------------------------------
 
@@ -347,9 +321,11 @@ def record_scores(args, run, average, scores, log, fatal):
 
     score = float(np.mean([scores[f"valid_sdr_{target}"] for target in args.source]))
     if score > run.best:
-        path = args.out / "best.pt"
-        if write_or_say(lambda: mss.save_checkpoint(
-                path, average.config, average, step=run.step, **scores), fatal):
+        def save():
+            path = args.out / "best.pt"
+            mss.save_checkpoint(path, average.config, average, step=run.step, **scores)
+
+        if write_or_say(save, fatal):
             run.best = score
 
     log.rows.append({"step": run.step, **scores})
@@ -475,9 +451,10 @@ class Log:
         if not due:
             return
 
-        figures = (run.step, f"{loss:.8g}", rate, f"{norm:.4g}", f"{1000 * seconds:.1f}",
-                   f"{wait:.4f}", run.skipped, run.unreadable)
-        self.rows.append(dict(zip(self.STEP, figures)))
+        self.rows.append({
+            "step": run.step, "loss": f"{loss:.8g}", "lr": rate, "grad_norm": f"{norm:.4g}",
+            "ms_per_step": f"{1000 * seconds:.1f}", "data_wait": f"{wait:.4f}",
+            "skipped": run.skipped, "unreadable": run.unreadable})
         if now > self.write_next:                                     # 2 % of the time at most
             write_or_say(self.write)
             self.write_next = now + 50 * (time.perf_counter() - now)
@@ -536,6 +513,41 @@ def svg(charts, width=640, height=200):
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 20} {total}" '
             f'font-family="sans-serif" font-size="14"><rect width="100%" height="100%" '
             f'fill="white"/>{"".join(parts)}</svg>\n')
+
+# ---- Losses of the relatives --------------------------------------------------------------------
+
+def compressed(audio, window, hop):
+    """(..., L) -> magnitudes to the power 0.3, so that quiet bins count, and these with phases."""
+    X = mss.stft(audio, window, hop) / math.sqrt(window)
+    magnitude = mss.magnitude_of(X) ** 0.3                            # (..., T, F)
+    return magnitude, torch.view_as_real(magnitude * mss.phase_of(X))
+
+def spectral_loss(estimates, targets, window, hop):
+    """The mean squared differences of both that `compressed` gives: PHASEN (Yin et al. 2020)."""
+    magnitude, spectrum = compressed(estimates, window, hop)
+    target_magnitude, target_spectrum = compressed(targets, window, hop)
+    return F.mse_loss(magnitude, target_magnitude) + F.mse_loss(spectrum, target_spectrum)
+
+def si_sdr(estimates, targets):
+    """Scale-invariant SDR (Le Roux et al. 2019) of each channel in dB: (..., L) twice -> (...)."""
+    epsilon = torch.finfo(torch.float32).eps                          # for silence
+    product = (estimates * targets).sum(-1, keepdim=True)
+    energy = targets.square().sum(-1, keepdim=True)
+    target_part = (product + epsilon) / (energy + epsilon) * targets
+    signal = target_part.square().sum(-1) + epsilon
+    error = (target_part - estimates).square().sum(-1) + epsilon
+    return 10 * torch.log10(signal / error)
+
+def phase_loss(estimates, targets):
+    """DPRNN's: the spectrograms alone."""
+    return spectral_loss(estimates, targets, 2048, 441)
+
+def compound_loss(estimates, targets):
+    """PM-Unet's: waveform, spectrogram and SDR in equal parts."""
+    spectrum = spectral_loss(estimates, targets, 4096, 1024)
+    return (F.l1_loss(estimates, targets) + spectrum - si_sdr(estimates, targets).mean()) / 3
+
+LOSSES |= {"phase": phase_loss, "l1+spec": compound_loss}
 
 # ---- The built-in songs: made of arithmetic -----------------------------------------------------
 
@@ -723,7 +735,7 @@ def network_of(model, args):
             checkpoint_block(block)
 
     if args.compile:
-        for child in model.children():                                # but not the STFTs between
+        for child in model.children():                                # but neither heads nor STFTs
             child.compile()
 
     if WORLD == 1:
@@ -935,8 +947,7 @@ def apply_recipe(args):
     """Fill in what no flag says: from --init, the demo, the model's recipe, the paper's."""
     initial = {}
     if args.init:
-        args.init = mss.checkpoint_path(args.init)
-        args.init_config, _, _ = mss.load_checkpoint(args.init)
+        args.init_config, _, _ = mss.load_checkpoint(mss.checkpoint_path(args.init))
         initial = {name: getattr(args.init_config, name) for name in SIZES}
         initial["source"] = ",".join(args.init_config.targets)
 
@@ -1034,7 +1045,7 @@ def build(args, config, device):
 
     model = mss.MODELS[config.model](config)
     if args.init:
-        _, initial, _ = mss.load_checkpoint(args.init)
+        _, initial, _ = mss.load_checkpoint(mss.checkpoint_path(args.init))
         try:
             model.load_state_dict(initial.state_dict())
         except RuntimeError as error:                                 # of another residual target

@@ -7,7 +7,6 @@
 Machines are shared and differ: what is printed is best read as ratios within one run. For that
 reason the convolution that the networks spend most of their time on is timed beside them.
 """
-import argparse
 import concurrent.futures
 import contextlib
 import copy
@@ -18,16 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mss                                      # first: it sets how torch's threads wait
-
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.utils.benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
+import mss
 import separate
 import train
 
@@ -120,7 +118,7 @@ def measure_separation(args, precision):
         rates.append(convolution_rate(device, PRECISIONS[precision]))
         if block is None:
             break
-    peak = separate.peak_memory(device)
+    peak = mss.peak_memory(device)
 
     # In float32, for bfloat16 LSTMs fail when they are counted.
     rate = count_flops(lambda: mss.separate_track(model, noise)) / seconds
@@ -138,20 +136,20 @@ def separation(args):
 
 # ---- Training -----------------------------------------------------------------------------------
 
-PLAIN = dict(bf16=False, tf32=False, channels_last=True, compile=False, real=False)
+BASE = dict(bf16=False, tf32=False, channels_last=True, compile=False, real=False)
 
 def training_rows(args, cuda):
     """{name: what differs}"""
     rows = {
-        "float32, plain": {**PLAIN, "channels_last": False},
-        "float32": PLAIN,
+        "float32, plain": {**BASE, "channels_last": False},
+        "float32": BASE,
     }
     if cuda:
-        rows["float32, TF32"] = {**PLAIN, "tf32": True}
-    rows["bfloat16"] = {**PLAIN, "bf16": True}
+        rows["float32, TF32"] = {**BASE, "tf32": True}
+    rows["bfloat16"] = {**BASE, "bf16": True}
     if cuda:
-        rows["bfloat16, compiled"] = {**PLAIN, "bf16": True, "compile": True}
-    rows["bfloat16, real batches"] = {**PLAIN, "bf16": True, "tf32": cuda, "real": True}
+        rows["bfloat16, compiled"] = {**BASE, "bf16": True, "compile": True}
+    rows["bfloat16, real batches"] = {**BASE, "bf16": True, "tf32": cuda, "real": True}
     return rows
 
 def training_args(args):
@@ -206,7 +204,7 @@ def measure_training(args, name, what):
     wait = f"{batches.seconds / seconds:.1%}" if what["real"] else ""
     return (name, f"{steps / seconds:.3f}", f"{rate / 1e9:.0f}",
             f"{ceiling / 1e9:.0f}: {rate / ceiling:.0%}", wait,
-            f"{separate.peak_memory(device):.2f}", f"{hours:,.0f} hours")
+            f"{mss.peak_memory(device):.2f}", f"{hours:,.0f} hours")
 
 def noise_batch(options, config, device):
     """(mixture (B, C, L), targets (B, S, C, L)) of a step's part."""
@@ -270,7 +268,7 @@ def measure_evaluation(system, length):
     else:
         filters = "ISR" in system
         seconds = seconds_of(lambda: evaluate.bss_eval(s, y, rate, filters))
-    return seconds, separate.peak_memory(torch.device("cpu"))
+    return seconds, mss.peak_memory(torch.device("cpu"))
 
 def evaluation(args):
     """BSS Eval, beside museval's where that is installed."""
@@ -287,17 +285,19 @@ def evaluation(args):
 OVERLAPS = (0.10, 0.31, 0.63, 0.95, 1.00, 1.27, 1.91)                 # s
 
 def overlap(args):
-    """What blocks of a song cost against the whole: of the minute with the loudest vocals."""
+    """Blocks of a song against the whole: of the minute, at most, with the loudest vocals."""
     device = mss.pick_device(args.device)
     model = mss.load_models([args.model or "default"], device)
     track = mss.musdb_tracks(args.musdb, "valid")[0]
     rate = track.sample_rate
     n = min(60 * rate, track.frames)
+    if n < 1.25 * mss.SEGMENT:
+        raise mss.UserError(f"{track.name}: at least 8 s expected, found {n / rate:.1f} s")
     start = evaluate.loudest(track.load("vocals"), n)
     mixture = track.load("mixture", start, n)
     whole = mss.separate_track(model, mixture, segment=n, overlap=0)
 
-    heading(f"Overlap: {args.model or 'default'}, a minute of {track.name}",
+    heading(f"Overlap: {args.model or 'default'}, {n / rate:.0f} s of {track.name}",
             "shared by neighbours, s", "SNR against the whole, dB", "within 0.25 s of a join, dB",
             "more work")
     for seconds in OVERLAPS:

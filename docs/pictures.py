@@ -23,7 +23,7 @@ def spectrograms(run):
     images = []
     for audio in (mixture, vocals, track.load("vocals")):
         image = evaluate.spectrogram_image(audio[:, :6 * track.sample_rate])
-        image = image[-93:].repeat(2, axis=0)
+        image = image[-93:].repeat(2, axis=0)                         # rows of 86 Hz: up to 8 kHz
         images.append(np.pad(image, ((0, 0), (0, 6), (0, 0)), constant_values=255))
     return np.concatenate(images, axis=1)[:, :-6]
 
