@@ -178,10 +178,10 @@ class DPRNN(nn.Module):
 
     Six times an RNN within chunks of 100 frames that overlap by half, then one across them. The
     body is theirs (as in asteroid's masknn, but for half a chunk less padding at the ends). The
-    seed's poster publishes no code, so these are ours: real and imaginary parts in; for each source
-    an unbounded complex mask out; and, unless `residual` is None, estimates that sum to the
-    mixture: each gets an equal share of what is missing (Wisdom et al. 2019), so that
-    accompaniment = mixture - vocals.
+    poster that puts it on spectrograms publishes no code, so these are ours: real and imaginary
+    parts in; for each source an unbounded complex mask out; and, unless `residual` is None,
+    estimates that sum to the mixture: each gets an equal share of what is missing (Wisdom et al.
+    2019), so that accompaniment = mixture - vocals.
     """
     STRIDE = 1                                                        # frame
     CHUNK = 100                                                       # frames

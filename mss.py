@@ -30,6 +30,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import typing
 import warnings
 from pathlib import Path
@@ -347,6 +348,7 @@ class SpectrogramModel(Model):
 
     def forward(self, mixture):
         c = self.config
+        # Not reflected: a frame whose middle is the mirror would be real but for rounding errors.
         X = stft(mixture, c.window, c.hop, padding="constant")        # (B, C, T, F)
         return istft(self.backbone(X), mixture.shape[-1], c.window, c.hop)
 

@@ -11,13 +11,10 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-import torch
 
 import mss
 

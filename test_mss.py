@@ -3287,7 +3287,28 @@ def test_songs_of_one_name_get_folders_of_their_own(music, checkpoint):
     assert code == 0
     assert names_in(Path("out")) == {"a (wav)", "a (wav)+"}
 
-def test_torchrun_shares_the_songs_out(checkpoint, tmp_path):
+def test_waiting_ends_when_another_process_is_ready():
+    store = torch.distributed.HashStore()
+    other = threading.Timer(0.3, lambda: store.set("ready", ""))
+    other.start()
+
+    mss.wait_for(store, ["ready"])
+
+    assert store.check(["ready"])
+
+def test_processes_beside_their_own_stems_all_end_well(checkpoint, tmp_path):
+    """Stems are written into the folder that is searched: none is taken for a song."""
+    for i in range(6):
+        mss.write_audio(tmp_path / "songs" / f"{i}.wav", noise(2, 5000), RATE)
+
+    done = torchrun(
+        HERE / "separate.py", tmp_path / "songs", "-m", checkpoint, "-o", tmp_path / "songs")
+
+    assert done.returncode == 0, done.stderr
+    written = [path.parent.name for path in tmp_path.rglob("vocals.wav")]
+    assert sorted(written) == list("012345")
+
+def test_torchrun_tells_once_which_songs_failed(checkpoint, tmp_path):
     for i in range(5):
         mss.write_audio(tmp_path / "songs" / f"{i}.wav", noise(2, 5000), RATE)
     (tmp_path / "songs" / "bad.wav").write_bytes(b"junk")
@@ -3297,6 +3318,7 @@ def test_torchrun_shares_the_songs_out(checkpoint, tmp_path):
 
     assert done.returncode == 1
     assert "1 of 6 songs failed" in done.stderr
+    assert 'separate.py", line' not in done.stderr
     reported = re.findall(r"^\[\d/6\] .*?(\d)\.wav", done.stdout, re.MULTILINE)
     assert sorted(reported) == list("01234")
     assert names_in(tmp_path / "out") == set("01234")

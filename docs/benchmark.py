@@ -26,7 +26,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import mss
-import separate
 import train
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
