@@ -246,7 +246,6 @@ def read_estimates(files, track):
     Other lengths and numbers of channels are made the song's, with a notice.
     """
     estimates = {}
-    song = dataclasses.replace(track, files=files)
     expected = (track.channels, track.frames)
     for name, path in files.items():
         with mss.open_audio(path) as file:
@@ -254,7 +253,7 @@ def read_estimates(files, track):
                 raise mss.UserError(f"{path}: {track.sample_rate} Hz expected, found "
                                     f"{file.samplerate} Hz")
 
-        audio = song.load(name)
+        audio, _ = mss.read_audio(path)
         if tuple(audio.shape) != expected:
             print(f"notice: {path}: (channels, samples) {tuple(audio.shape)}, made {expected}: cut "
                   "or zeros added", file=sys.stderr)
@@ -568,10 +567,11 @@ def from_worst_to_best(rows, count):
 @dataclasses.dataclass(frozen=True)
 class Excerpt(mss.Track):
     """A part of a track, of `frames` samples."""
+    song: mss.Track = None
     first: int = 0                              # where in the song it begins
 
     def load(self, source):
-        return super().load(source, self.first, self.frames)
+        return self.song.load(source, self.first, self.frames)
 
 def excerpts(tracks, count, seconds, seed):
     """A random excerpt of each of `count` random songs, or of all; shorter songs come whole."""
@@ -581,7 +581,7 @@ def excerpts(tracks, count, seconds, seed):
     for track in (tracks[i] for i in chosen):
         frames = min(track.frames, round(seconds * track.sample_rate))
         first = int(rng.integers(track.frames - frames + 1))
-        parts.append(Excerpt(**{**vars(track), "frames": frames, "first": first}))
+        parts.append(Excerpt(**{**vars(track), "frames": frames, "song": track, "first": first}))
     return parts
 
 def cached(path):

@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import http.client
 import itertools
 import math
@@ -738,53 +739,82 @@ VALID = (                                       # the 14 songs of train that MUS
     "Skelpolu - Human Mistakes", "Young Griffo - Pennies", "ANiMAL - Rockshow",
     "James May - On The Line", "Meaxic - Take A Step", "Traffic Experiment - Sirens")
 
+SUMS = {                # a source without a file of its own -> those that may make it up
+    "accompaniment": (SOURCES[1:],),
+    "mixture": (SOURCES, ("vocals", "accompaniment")),
+}
+STEMS = (".wav", ".flac", ".ogg", ".mp3")       # what a stem's name may end in, the first first
+
 @dataclasses.dataclass(frozen=True)
 class Track:
     """One song: its files by source, and what these have in common."""
     name: str
     files: dict                                 # source -> path
-    frames: int                                 # samples
+    frames: int                                 # samples, of the longest file
     sample_rate: int                            # Hz
-    channels: int
+    channels: int                               # the most that a file has
+    shortest: int                               # samples of the shortest file; silence follows it
+
+    def parts(self, source):
+        """The names of the files that are, or make up, a source; none where it can't be had."""
+        for names in ((source,), *SUMS.get(source, ())):
+            if all(name in self.files for name in names):
+                return names
+        return ()
 
     def load(self, source, start=0, frames=-1):
-        """(C, L) float32 of a stem, "accompaniment" or "mixture".
+        """(C, L) float32 of a stem, "accompaniment" or "mixture"; UserError where it can't be had.
 
-        The latter two are the sums of stems where they have no file.
+        The latter two are the sums of stems where they have no file. Where a file is shorter than
+        the song, silence follows.
         """
-        parts = {"accompaniment": SOURCES[1:], "mixture": SOURCES}
-        names = [source] if source in self.files else parts[source]
-        total, *others = (read_audio(self.files[name], start, frames)[0] for name in names)
+        names = self.parts(source)
+        if not names:
+            raise UserError(f"{self.name}: {source} expected, found {', '.join(self.files)}")
+        left = max(0, self.frames - start)
+        count = left if frames < 0 else min(frames, left)
+
+        total, *others = (self.load_file(name, start, count) for name in names)
         for audio in others:
             total += audio
         return total
 
+    def load_file(self, name, start, count):
+        audio, _ = read_audio(self.files[name], start, count)
+        audio = to_channels(audio, self.channels)
+        return F.pad(audio, (0, count - audio.shape[1]))
+
 def find_stems(folder):
-    """A folder of {vocals,bass,drums,other[,mixture]}.{wav,flac,ogg} -> {source: path}."""
+    """A folder's files named after a source, in capitals or not -> {source: path}."""
+    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
     files = {}
-    for source in (*SOURCES, "mixture"):
-        paths = [folder / f"{source}{suffix}" for suffix in (".wav", ".flac", ".ogg")]
-        found = [path for path in paths if path.is_file()]
-        if found:
-            files[source] = found[0]
-        elif source != "mixture":
-            names = ", ".join(sorted(path.name for path in folder.iterdir())) or "an empty folder"
-            raise UserError(f"{folder}: {source}.wav expected (or .flac, .ogg), found {names}")
+    for source in (*SOURCES, "accompaniment", "mixture"):
+        paths = [found[source + suffix] for suffix in STEMS if source + suffix in found]
+        if paths:
+            files[source] = paths[0]
     return files
 
-def open_track(folder):
-    """A song's folder -> Track. UserError where stems are missing or differ in format or length."""
+def open_track(folder, name=None):
+    """A song's folder -> Track, named as the folder is by default.
+
+    UserError where it has no stem, or where its files are of several sample rates.
+    """
     files = find_stems(folder)
-    formats = {}
+    if set(files) <= {"mixture"}:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "an empty folder"
+        raise UserError(f"{folder}: {', '.join(SOURCES)} expected (.wav, .flac, .ogg or .mp3), "
+                        f"found {names}")
+    lengths, channels, rates = [], [], {}
     for path in files.values():
         with open_audio(path) as file:
-            formats[path.name] = (file.frames, file.samplerate, file.channels)
-    if len(set(formats.values())) > 1:
-        found = ", ".join(f"{name} {frames} samples {rate} Hz {channels} ch"
-                          for name, (frames, rate, channels) in formats.items())
-        raise UserError(f"{folder}: files of one length, rate and number of channels expected, "
-                        f"found {found}")
-    return Track(folder.name, files, *formats[files["vocals"].name])
+            lengths.append(file.frames)
+            channels.append(file.channels)
+            rates[path.name] = file.samplerate
+    if len(set(rates.values())) > 1:
+        found = ", ".join(f"{name} {rate} Hz" for name, rate in rates.items())
+        raise UserError(f"{folder}: files of one sample rate expected, found {found}")
+    rate, = set(rates.values())
+    return Track(name or folder.name, files, max(lengths), rate, max(channels), min(lengths))
 
 @contextlib.contextmanager
 def new_folder(folder):
@@ -797,16 +827,18 @@ def new_folder(folder):
         if not folder.is_dir():                                       # made by another process
             work.rename(folder)
 
+STEM_MP4 = ("mixture", "drums", "bass", "other", "vocals")            # its streams
+
 def decode_stem_mp4(path, folder):
     """Decode the five streams of a .stem.mp4 to WAV: int16, as museval's own numbers were made."""
     outputs = []
-    for i, source in enumerate(("mixture", "drums", "bass", "other", "vocals")):
+    for i, source in enumerate(STEM_MP4):
         outputs += ["-map", f"0:a:{i}", "-c:a", "pcm_s16le", folder / f"{source}.wav"]
     run_ffmpeg(path, *outputs)
 
 def decode_stems(song, folder):
     """Decode the flac or ogg stems of a song's folder to WAV, without any loss."""
-    for source, path in open_track(song).files.items():
+    for source, path in find_stems(song).items():
         with open_audio(path) as file:
             is_int16 = file.subtype == "PCM_16"                       # stays so, to the bit
             subtype = "PCM_16" if is_int16 else "FLOAT"
@@ -814,6 +846,33 @@ def decode_stems(song, folder):
             with write_blocks(wav, file.samplerate, file.channels, file.frames, subtype) as write:
                 for block in read_blocks(file):
                     write((block * 32768).short() if is_int16 else block)
+
+def decoded(song, place):
+    """A song's folder, or .stem.mp4, as a Track of WAV files in `place`: of now, or of earlier.
+
+    The folder's name follows from the paths, sizes and times of the song's files: what has changed
+    since, or is another dataset's song of that name, is decoded anew. So is a copy that is broken.
+    """
+    stems = find_stems(song) if song.is_dir() else dict.fromkeys(STEM_MP4, song)
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in stems.values()]
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+    name = song.name.removesuffix(".stem.mp4")
+    folder = place / f"{name} {key}"
+
+    with contextlib.suppress(UserError, OSError):
+        track = open_track(folder, name)
+        if set(track.files) == set(stems):
+            return track
+
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with new_folder(folder) as work:
+            decode_stems(song, work) if song.is_dir() else decode_stem_mp4(song, work)
+    except OSError as error:
+        raise UserError(f"{folder}: not written: {error.strerror}; --cache says where else songs "
+                        "may be decoded to") from error
+    print(f"decoded {song.name} -> {folder}", file=sys.stderr)
+    return open_track(folder, name)
 
 def musdb_root(root):
     """The dataset's folder: `root`, or its parent where that is meant. UserError without one."""
@@ -855,29 +914,49 @@ def musdb_tracks(root, subset, cache=None):
 
     ROOT/{train,test}/Artist - Title/vocals.wav ..., or ROOT/{train,test}/Artist - Title.stem.mp4,
     which are decoded once to `cache` (by default ROOT-wav beside ROOT). Where a cache is given,
-    so are flac and ogg stems, which take ten times as long to read as wav. Validation songs are
-    those of ROOT/valid, or else the 14 official ones of train. Raises UserError for a wrong
-    layout, with what was expected and what was found.
+    so are flac, ogg and mp3 stems, which take ten times as long to read as wav. Validation songs
+    are those of ROOT/valid, or else the 14 official ones of train. Songs to train on may lack
+    stems. Raises UserError for a wrong layout, or for all songs that can't be used, with what was
+    expected and what was found.
     """
     root = musdb_root(root)
     songs = musdb_songs(root, subset)
     place = Path(cache) if cache else root.with_name(root.name + "-wav")
+    tracks, errors = [], []
+    for name, path in songs.items():
+        try:
+            is_wav = path.is_dir() and all(stem.suffix.lower() == ".wav"
+                                           for stem in find_stems(path).values())
+            as_it_is = is_wav or (path.is_dir() and not cache)
+            track = open_track(path) if as_it_is else decoded(path, place / path.parent.name)
+            if subset != "train" and not is_whole(track):
+                raise UserError(f"{path}: vocals and accompaniment, or {', '.join(SOURCES)} "
+                                f"expected, found {', '.join(track.files)}")
+            tracks.append(track)
+        except UserError as error:
+            errors.append(one_line(error))
 
-    for i, (name, path) in enumerate(songs.items(), 1):
-        if path.is_file():
-            decode = decode_stem_mp4
-        elif cache and not (path / "vocals.wav").is_file():
-            decode = decode_stems
-        else:
-            continue
+    if errors:
+        raise UserError("; ".join(errors))
+    notice_odd_songs(root / subset, tracks)
+    return tracks
 
-        songs[name] = place / path.parent.name / name
-        if not songs[name].is_dir():
-            with new_folder(songs[name]) as folder:
-                decode(path, folder)
-            print(f"decoded {i}/{len(songs)} {path.name} -> {songs[name]}", file=sys.stderr)
+def is_whole(track):
+    """Whether a song can be separated and scored: what it lacks is neither voice nor band."""
+    return bool(track.parts("vocals") and track.parts("accompaniment"))
 
-    return [open_track(path) for path in songs.values()]
+def notice_odd_songs(place, tracks):
+    """One line for each way in which songs are not as in MUSDB."""
+    odd = {
+        "lack stems: each source is drawn from the songs that have it":
+            [track.name for track in tracks if not is_whole(track)],
+        "have stems of unequal length: silence is added to the shorter ones":
+            [track.name for track in tracks if track.shortest < track.frames],
+    }
+    for what, names in odd.items():
+        if names:
+            print(f"notice: {place}: {len(names)} of {len(tracks)} songs {what} (the first: "
+                  f"{names[0]})", file=sys.stderr)
 
 # ---- Augmentations: (C, L), random numbers -> (C, L') -------------------------------------------
 
@@ -907,14 +986,48 @@ def stretch(audio, percent):
     phase = X.angle()[..., i] + drift - drift[:, frames // 2, None]
     return torch.istft(torch.polar(magnitude, phase), window, hop, window=hann)
 
+def transpose(audio, percent):
+    """(C, L) -> (C, L) at percent / 100 of the pitch."""
+    return resample(stretch(audio, percent), percent, 100)[:, :audio.shape[1]]
+
 def pitch(x, rng):
     """Up to 5 semitones down or up, in the same time."""
-    percent = int(rng.integers(75, 134))
-    return resample(stretch(x, percent), percent, 100)[:, :x.shape[1]]
+    return transpose(x, int(rng.integers(75, 134)))
 
 def speed(x, rng):
     """0.8 to 1.3 times as fast, pitch too."""
     return resample(x, int(rng.integers(80, 131)), 100)
+
+def second(x, rng):
+    """A second voice: the same a third, fourth or fifth off, or in unison; later and softer."""
+    semitones = int(rng.choice((-5, -4, -3, 0, 3, 4, 5)))
+    voice = transpose(x, round(100 * 2 ** (semitones / 12)))
+    late = min(int(rng.integers(441, 1764)), x.shape[1])
+    return x + rng.uniform(0.3, 1) * F.pad(voice, (late, 0))[:, :x.shape[1]]
+
+def octaves(size):
+    """How many octaves below the highest frequency each bin of an rfft of `size` samples is."""
+    return -np.log2(np.linspace(1 / size, 1, size // 2 + 1))
+
+def equalizer(x, rng):
+    """A random gain for each octave, of up to 6 dB; in between it is interpolated."""
+    size = 1 << x.shape[1].bit_length()
+    decibels = np.interp(octaves(size), np.arange(10), rng.uniform(-6, 6, 10))
+    response = torch.from_numpy(10 ** (decibels / 20)).to(x.dtype)
+    return torch.fft.irfft(torch.fft.rfft(x, size) * response, size)[:, :x.shape[1]]
+
+def room(x, rng):
+    """A made-up room: what follows each sound is noise that decays by 60 dB in 0.2 to 1.5 s."""
+    length = int(44100 * rng.uniform(0.2, 1.5))
+    noise = rng.standard_normal((len(x), length)) * 10 ** (-3 * np.arange(length) / length)
+    size = 1 << (x.shape[1] + length).bit_length()
+
+    # The walls take the high frequencies first.
+    dull = 1 / (1 + 2 ** (rng.uniform(1, 3) - octaves(size)))
+    tail = np.fft.rfft(noise, size) * dull
+    tail *= 10 ** (rng.uniform(-24, -6) / 20) / np.sqrt(np.mean(np.abs(tail) ** 2))
+    response = torch.from_numpy(1 + tail).to(torch.complex64)
+    return torch.fft.irfft(torch.fft.rfft(x, size) * response, size)[:, :x.shape[1]]
 
 def swap(x, rng):
     """Left and right exchanged."""
@@ -947,22 +1060,31 @@ def reverse(x, rng):
     places = part(x, rng, 0.2, 0.4)
     return x.index_copy(1, places, x[:, places.flip(0)])
 
+def silence(x, rng):
+    """Nothing of this source: songs without voice, and voices without a band."""
+    return torch.zeros_like(x)
+
 class Augmentation(typing.NamedTuple):
     function: typing.Callable
     probability: float                          # for each segment of each source
     vocals_only: bool = False
     before_cut: bool = False                    # needs, or leaves, more than a segment's length
+    of_sum: bool = False                        # of the source's segments together, not of each
 
-AUGMENTATIONS = {                               # optional; applied in this order, PM-Unet's
+AUGMENTATIONS = {                               # optional; applied in this order
     "shift": Augmentation(shift, 0.5, before_cut=True),
     "pitch": Augmentation(pitch, 0.2, before_cut=True, vocals_only=True),
     "speed": Augmentation(speed, 0.2, before_cut=True),
+    "second": Augmentation(second, 0.2, vocals_only=True),
+    "equalizer": Augmentation(equalizer, 0.7),
+    "room": Augmentation(room, 0.5, vocals_only=True),
     "swap": Augmentation(swap, 0.5),
     "flip": Augmentation(flip, 0.5),
     "gain": Augmentation(gain, 1.0),
     "mask": Augmentation(mask, 0.1),
     "mono": Augmentation(mono, 0.1),
     "reverse": Augmentation(reverse, 0.2, vocals_only=True),
+    "silence": Augmentation(silence, 0.1, of_sum=True),
 }
 
 # ---- Training examples --------------------------------------------------------------------------
@@ -974,7 +1096,7 @@ class Segments(torch.utils.data.Dataset):
     `mix_audio` segments of it are summed, of bass only one (mix-audio, section 4.2); the mixture
     is the sum of the sources. Where a song turns out to be unreadable it is named, counted in
     `unreadable`, which all workers share, and the next draw stands in; UserError after ten in a
-    row.
+    row. Songs need not hold all sources.
     """
 
     def __init__(self, tracks, config, seconds=3.0, mix_audio=2, augment=(), seed=0):
@@ -993,34 +1115,33 @@ class Segments(torch.utils.data.Dataset):
         longer = self.length * (1.3 if "speed" in augment else 1)
         self.read_length = math.ceil(longer) + (8192 if "shift" in augment else 0)
 
-        # Positions of all songs in a row, each song up to its end.
-        positions = [max(1, track.frames - self.read_length + 1) for track in tracks]
-        self.ends = np.cumsum(positions)
-        self.unreadable = torch.zeros(len(tracks), dtype=torch.int64).share_memory_()
-
         # As in the published code, these two are learned as a pair.
         pair = ("vocals", "accompaniment")
         self.sources = pair if set(config.targets) <= set(pair) else SOURCES
 
-    def draw(self, rng):
+        # For each source, positions of all songs in a row, each song up to its end; none in a song
+        # that lacks the source.
+        self.ends = {}
+        for source in self.sources:
+            positions = [max(1, track.frames - self.read_length + 1) if track.parts(source) else 0
+                         for track in tracks]
+            self.ends[source] = np.cumsum(positions)
+            if not any(positions):
+                raise UserError(f"songs with {source} expected, found none in {len(tracks)}")
+        self.unreadable = torch.zeros(len(tracks), dtype=torch.int64).share_memory_()
+
+    def draw(self, source, rng):
         """A random (song's number, first sample): all positions of all songs are equally likely."""
-        position = int(rng.integers(self.ends[-1]))
-        k = int(np.searchsorted(self.ends, position, side="right"))
-        first = int(self.ends[k - 1]) if k > 0 else 0
+        ends = self.ends[source]
+        position = int(rng.integers(ends[-1]))
+        k = int(np.searchsorted(ends, position, side="right"))
+        first = int(ends[k - 1]) if k > 0 else 0
         return k, position - first
 
-    def read(self, k, start, source):
-        """(C, read_length) of a song, less at its end. UserError where less is there than said."""
-        track = self.tracks[k]
-        audio = track.load(source, start, self.read_length)
-        if audio.shape[-1] < min(self.read_length, track.frames - start):
-            raise UserError(f"{track.name}: {source} is shorter than it was")
-        return to_channels(audio, self.config.channels)
-
-    def augmented(self, audio, source, rng):
+    def augmented(self, audio, source, rng, of_sum=False):
         """(C, read_length) -> (C, length); what a short song lacks is silence."""
         for name, augmentation in AUGMENTATIONS.items():
-            if name not in self.augment:
+            if name not in self.augment or augmentation.of_sum != of_sum:
                 continue
             drawn = rng.random() < augmentation.probability
             if drawn and (source == "vocals" or not augmentation.vocals_only):
@@ -1032,11 +1153,11 @@ class Segments(torch.utils.data.Dataset):
     def segment(self, source, rng):
         """A random segment of `source`, from a song that can be read -> (C, L)."""
         for attempt in range(1, 11):
-            k, start = self.draw(rng)
+            k, start = self.draw(source, rng)
             try:
-                audio = self.read(k, start, source)
+                audio = self.tracks[k].load(source, start, self.read_length)
                 break
-            except (OSError, RuntimeError, UserError) as error:       # RuntimeError: unequal stems
+            except (OSError, RuntimeError, UserError) as error:
                 name = self.tracks[k].name
                 if attempt == 10:
                     raise UserError(f"{name}: {one_line(error)}") from error
@@ -1045,14 +1166,15 @@ class Segments(torch.utils.data.Dataset):
                     print(f"notice: another song instead of {name}: {one_line(error)}",
                           file=sys.stderr, flush=True)
                 self.unreadable[k] += 1
-        return self.augmented(audio, source, rng)
+        return self.augmented(to_channels(audio, self.config.channels), source, rng)
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, i))
         sources = {}
         for name in self.sources:
             count = 1 if name == "bass" else self.mix_audio
-            sources[name] = sum(self.segment(name, rng) for _ in range(count))
+            audio = sum(self.segment(name, rng) for _ in range(count))
+            sources[name] = self.augmented(audio, name, rng, of_sum=True)
 
         mixture = sum(sources.values())
         sources.setdefault("accompaniment", mixture - sources["vocals"])
