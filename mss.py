@@ -1189,29 +1189,50 @@ AUDIO = {               # of files in folders
     ".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".caf", ".m4a", ".aac", ".mp4",
     ".mov", ".mkv", ".webm", ".wma"}
 
-def run_ffmpeg(path, *output):
-    """Run `ffmpeg -i path *output`. Raises UserError where the program is missing or fails."""
+def run_ffmpeg(path, *output, options=(), why=""):
+    """Run `ffmpeg *options -i path *output`. UserError where the program is missing or fails.
+
+    `why` soundfile does not do is told where the program is missing.
+    """
     program = shutil.which("ffmpeg")
     if program is None:
-        raise UserError(f"{path}: not a wav, flac, ogg, mp3 or aiff file that soundfile reads, and "
-                        "the program ffmpeg, which might, was not found on PATH")
+        why = why or "not a wav, flac, ogg, mp3 or aiff file that soundfile reads"
+        raise UserError(f"{path}: {why}, and the program ffmpeg, which might read it, was not "
+                        "found on PATH")
 
-    command = [program, "-nostdin", "-v", "error", "-y", "-i", f"file:{path}", *map(str, output)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    command = [program, "-nostdin", "-v", "error", "-y", *options, "-i", f"file:{path}", *output]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, errors="replace")
     if done.returncode:
-        reason = one_line(done.stderr)
+        reason = one_line(done.stderr or f"exit code {done.returncode}")
         raise UserError(f"{path}: readable neither by soundfile nor by ffmpeg: {reason}")
     if done.stderr:                                                   # such as of a truncated file
         print(f"notice: {path}: ffmpeg: {one_line(done.stderr)}", file=sys.stderr)
 
-def decode(path, folder):
-    """Decode any file with sound to a WAV in `folder` by ffmpeg -> its path."""
-    if not Path(path).is_file():
-        found = "a folder without any" if Path(path).is_dir() else "no file"
-        raise UserError(f"{path}: an audio file expected, found {found}")
-    decoded = Path(folder, "decoded.wav")
-    run_ffmpeg(path, "-map", "0:a:0", "-c:a", "pcm_f32le", "-rf64", "auto", decoded)
-    return decoded
+class AudioFile(soundfile.SoundFile):
+    """An open audio file. `frames` is what its header says, or what read_to_end found instead."""
+    frames = 0                                                        # samples
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.path = path                                              # what errors speak of
+        self.frames = super().frames
+
+def read_to_end(path):
+    """Decode a whole file -> (the samples that come, whether more sound seems to follow them).
+
+    What a header says of the length is a claim. What can be decoded, and whether the decoder has
+    then come to the end of the file, are facts.
+    """
+    with open(path, "rb", buffering=0) as raw:
+        with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+            frames = 0
+            while count := len(file.read(1 << 16, dtype="float32")):
+                frames += count
+            rest = raw.read(1024)
+
+    # Chunks and tags behind the sound begin with a word, such as LIST, TAG or APETAGEX.
+    return frames, len(rest) == 1024 and not re.match(rb"\0?[\w ]{4}", rest)
 
 def length_is_a_guess(file, path):
     """Whether an MP3 lacks the header that states its length."""
@@ -1220,91 +1241,149 @@ def length_is_a_guess(file, path):
     first = np.fromfile(path, "u1", 1 << 20).tobytes()
     return not re.search(rb"(Xing|Info)\0\0\0|VBRI", first)
 
-def open_soundfile(path):
-    """Open a file with soundfile -> soundfile.SoundFile, or None if ffmpeg should read it."""
+def open_soundfile(path, whole):
+    """Open a file with soundfile -> (AudioFile or None, why ffmpeg should read it or "")."""
     try:
-        file = soundfile.SoundFile(path)
-        guess = length_is_a_guess(file, path)
+        file = AudioFile(path)
     except (soundfile.LibsndfileError, TypeError):                    # TypeError: headerless .raw
-        return None
-
-    if guess and not shutil.which("ffmpeg"):
-        print(f"notice: {path}: its length is a guess; the end may be missing without ffmpeg",
-              file=sys.stderr)
-        guess = False
-
-    streamed = not file.seekable() or file.frames > 1 << 48
-    if guess or streamed:
+        return None, ""
+    if not file.seekable() or file.frames > 1 << 48:                  # streamed
         file.close()
-        return None
+        return None, ""
+    if not whole:
+        return file, ""
+
+    stated = file.frames
+    try:
+        file.frames, more = read_to_end(path)
+    except soundfile.LibsndfileError as error:
+        file.close()
+        return None, f"damaged, perhaps truncated: {error}"
+
+    missing = (stated - file.frames) / file.samplerate
+    if missing > 0.1 and not length_is_a_guess(file, path):
+        print(f"notice: {path}: truncated? {stated / file.samplerate:.1f} s expected, found "
+              f"{file.frames / file.samplerate:.1f} s", file=sys.stderr)
+    return file, "longer than its header says" if more else ""
+
+def decode(path, folder, options, why):
+    """Decode any file with sound to a WAV in `folder` by ffmpeg -> AudioFile."""
+    wav = Path(folder, "decoded.wav")
+    run_ffmpeg(path, "-map", "0:a:0", "-c:a", "pcm_f32le", "-rf64", "auto", wav,
+               options=options, why=why)
+    file, _ = open_soundfile(wav, whole=False)
+    if file is None or not file.frames:
+        raise UserError(f"{path}: sound expected, found none by soundfile or ffmpeg")
+    file.path = path
     return file
 
+def ogg_is_cut(path):
+    """Whether an Ogg file ends without a whole page that says it is the last one."""
+    with open(path, "rb") as file:
+        is_ogg = file.read(4) == b"OggS"
+        file.seek(max(0, Path(path).stat().st_size - (1 << 16)))      # no page is longer
+        end = file.read()
+    page = end[end.rfind(b"OggS"):]
+    segments = page[26] if len(page) > 26 else 0
+    size = 27 + segments + sum(page[27:27 + segments])
+    is_last = len(page) >= size and page[5] & 4
+    return is_ogg and not is_last
+
+SHORTER = (             # what libsndfile notes of headers that state more than there is
+    r"^ *(?:data|SSND|BODY|Data Size|riff) *: (?P<stated>\d+) \(should be (?P<found>\d+)\)",
+    r"frame count (?P<found>\d+) does not match value from 'ds64' chunk of (?P<stated>\d+)")
+
 def check_whole(file, path):
-    """Raise UserError where libsndfile noticed that there is less than the header says."""
-    pattern = r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)"
-    found = re.search(pattern, file.extra_info, re.MULTILINE)
-    if found:
-        stated, real = int(found[1]), int(found[2])
-        if real < stated < 0xFFFFF000:                                # streamed WAVs say 2^32 - 1
-            raise UserError(f"{path}: truncated: {stated} bytes of samples expected, found {real}")
-    if "does not match value from 'ds64'" in file.extra_info:         # RF64
-        raise UserError(f"{path}: truncated: its header speaks of more samples than there are")
+    """Raise UserError where over a tenth of a second is missing of what the header states."""
+    for pattern in SHORTER:
+        for match in re.finditer(pattern, file.extra_info, re.MULTILINE):
+            stated, found = int(match["stated"]), int(match["found"])
+            seconds = max(file.frames, 1) / file.samplerate
+            missing = seconds * (stated / max(found, 1) - 1)
+
+            # Programs that stream don't know the length; they state about 2^31 or 2^32 bytes.
+            off = min(stated % (1 << 31), -stated % (1 << 31))
+            is_unknown = stated > 1 << 30 and off <= 1 << 24
+            if missing > 0.1 and not is_unknown:
+                raise UserError(
+                    f"{path}: truncated: a length of {stated} expected, found {found}")
 
 @contextlib.contextmanager
-def open_audio(path):
-    """Open a mono or stereo audio file of any format for reading -> soundfile.SoundFile.
+def open_audio(path, whole=False):
+    """Open a mono or stereo audio file of any format for reading -> AudioFile.
 
-    Raises UserError for what is no such file.
+    With `whole` it is read to its end beforehand: `frames` is then true, and ffmpeg, where it is
+    on PATH, decodes what soundfile can't. Raises UserError for what is no such file.
     """
+    if not Path(path).is_file():
+        found = "a folder without any" if Path(path).is_dir() else "no file"
+        raise UserError(f"{path}: an audio file expected, found {found}")
+
     with contextlib.ExitStack() as stack:
-        file = open_soundfile(path)
-        if file is None:
+        file, why = open_soundfile(path, whole)
+        if file:
+            stack.enter_context(file)
+        by_ffmpeg = not file or why and (not file.frames or shutil.which("ffmpeg"))
+        if by_ffmpeg:
+            # Past the length that a WAV's header states ffmpeg reads only if told to.
+            wav = file and file.format in ("WAV", "WAVEX", "RF64")
+            options = ("-ignore_length", 1) if wav else ()
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            file = soundfile.SoundFile(decode(path, folder))
-        stack.enter_context(file)
+            file = stack.enter_context(decode(path, folder, options, why))
+        if why:
+            how = "read by ffmpeg" if by_ffmpeg else "the rest is left out without ffmpeg"
+            print(f"notice: {path}: {why}; {how}", file=sys.stderr)
+
         check_whole(file, path)
+        if whole and ogg_is_cut(path):
+            print(f"notice: {path}: truncated? its last page is missing", file=sys.stderr)
         if file.channels > 2:
-            raise UserError(f"{path}: 1 or 2 channels expected, found {file.channels}")
+            raise UserError(f"{path}: 1 or 2 channels expected, found {file.channels}; to mix "
+                            "them down: ffmpeg -i FILE -ac 2 STEREO.wav")
         yield file
 
 def read_samples(file, frames, start=None):
     """The next `frames` samples of an open file, or those from `start` on -> (C, frames) float32.
 
-    UserError where there are fewer; only of an MP3, whose length is an estimate, fewer may come.
+    Fewer come where the file ends up to a tenth of a second before its header says so, or an MP3,
+    whose length is an estimate, at any time. UserError where more are missing.
     """
     is_int16 = file.subtype == "PCM_16"                               # converted faster here
     try:
         start = file.tell() if start is None else file.seek(start)
         audio = file.read(frames, dtype="int16" if is_int16 else "float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise UserError(f"{file.name}: damaged, perhaps truncated, after sample {start}: {error}"
+        raise UserError(f"{file.path}: damaged, perhaps truncated, after sample {start}: {error}"
                         ) from error
-    if len(audio) < frames and file.format != "MP3":
-        raise UserError(f"{file.name}: truncated: {file.frames} samples expected, "
+    missing = file.frames - start - len(audio) if len(audio) < frames else 0
+    if missing > file.samplerate / 10 and file.format != "MP3":
+        raise UserError(f"{file.path}: truncated: {file.frames} samples expected, "
                         f"found {start + len(audio)}")
 
     if is_int16:
         return torch.from_numpy(audio.T.astype("float32", order="C")).mul_(1 / 32768)
-    finite = np.isfinite(audio)
-    if not finite.all():
-        place = start + int(np.argmin(finite.all(axis=1)))
-        raise UserError(f"{file.name}: finite samples expected, found NaN or infinity at sample "
-                        f"{place}")
+    sound = np.abs(audio) < 1e12                                      # damaged floats: NaN, 1e30
+    if not sound.all():
+        place = start + int(np.argmin(sound.all(axis=1)))
+        raise UserError(f"{file.path}: finite samples expected, found NaN, infinity or over 1e12 "
+                        f"at sample {place}")
     return torch.from_numpy(audio.T.copy())
 
 def read_blocks(file, start=0, frames=None, block=1 << 18):
     """Yield `frames` samples from `start` on (default: all) as (C, <= block): one at least."""
     frames = file.frames - start if frames is None else frames
-    file.seek(start)
     for done in range(0, max(frames, 1), block):
-        yield read_samples(file, min(block, frames - done))
+        audio = read_samples(file, min(block, frames - done), None if done else start)
+        yield audio
+        if audio.shape[-1] < block:                                   # the file ends here
+            return
 
 def read_audio(path, start=0, frames=-1):
     """Read a file, or `frames` samples from `start` on -> ((C, L) float32, sample rate in Hz).
 
     Past the file's end there is nothing: fewer samples come back. UserError for unreadable files.
     """
-    with open_audio(path) as file:
+    with open_audio(path, whole=frames < 0) as file:
         left = max(0, file.frames - start)
         count = left if frames < 0 else min(frames, left)
         return read_samples(file, count, file.frames - left), file.samplerate
@@ -1500,7 +1579,7 @@ def run(main):
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, UnicodeError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as error:
         if "--debug" in sys.argv:
             raise
         # From a loader's worker an error comes with its traceback.

@@ -125,7 +125,7 @@ def separate_file(model, path, folder, options=Options(), progress=lambda share:
     length, and those of a model of one target sum to it. UserError for a bad file.
     """
     paths = [Path(folder, f"{stem}.{options.ext}") for stem in options.stems(model)]
-    with mss.open_audio(path) as file:
+    with mss.open_audio(path, whole=True) as file:
         rate, channels = file.samplerate, file.channels
         first, frames = excerpt(file, path, options)
         stems = stem_blocks(
@@ -146,9 +146,6 @@ def separate_file(model, path, folder, options=Options(), progress=lambda share:
             with contextlib.suppress(OSError):
                 paths[0].parent.rmdir()                               # only if nothing was written
 
-    if done < frames:
-        print(f"notice: {path}: truncated? {frames / rate:.1f} s expected, found "
-              f"{done / rate:.1f} s", file=sys.stderr)
     return paths, done / rate, peak, gain
 
 # ---- Many songs ---------------------------------------------------------------------------------
@@ -291,12 +288,13 @@ def separate_song(args, model, path, folder, title):
     """Separate one song as the command says and report it -> whether that went well."""
     options = args.options
     progress = Progress(title + path.name)
-    caught = () if args.debug else (mss.UserError, OSError, UnicodeError)
+    caught = () if args.debug else (mss.UserError, OSError, UnicodeError, MemoryError)
     try:
         paths, length, peak, gain = separate_file(model, path, folder, options, progress)
     except caught as error:
         place = "" if str(path) in str(error) else f"{path}: "
-        print(f"separate.py: error: {place}{error}", file=sys.stderr)
+        told = str(error) or type(error).__name__
+        print(f"separate.py: error: {place}{told}", file=sys.stderr)
         return False
 
     clips = options.clip_mode == "clamp" or options.ext != "wav" or options.subtype

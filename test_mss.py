@@ -1938,7 +1938,171 @@ def test_an_mp3_whose_length_is_guessed_is_noted_without_ffmpeg(long_mp3, monkey
 
     mss.read_audio(long_mp3)
 
-    assert "song.mp3: its length is a guess" in capsys.readouterr().err
+    assert "song.mp3: longer than its header says; the rest is left out" in capsys.readouterr().err
+
+# Files whose header says something else than they hold.
+
+def joined(folder, suffix):
+    """Two files of a second, one behind the other."""
+    path = folder / f"song.{suffix}"
+    soundfile.write(path, noise(2, RATE).T.numpy(), RATE)
+    path.write_bytes(2 * path.read_bytes())
+    return path
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix", ["flac", "mp3", "ogg"])
+def test_a_second_file_behind_the_first_is_read_by_ffmpeg(suffix, tmp_path):
+    song = joined(tmp_path, suffix)
+
+    audio, _ = mss.read_audio(song)
+
+    assert 1.6 * RATE < audio.shape[1] < 2.1 * RATE                   # some is lost at the seam
+
+@pytest.mark.parametrize("suffix", ["flac", "mp3", "ogg"])
+def test_a_second_file_behind_the_first_is_noted_without_ffmpeg(
+        suffix, tmp_path, monkeypatch, capsys):
+    song = joined(tmp_path, suffix)
+    monkeypatch.setenv("PATH", "")
+
+    audio, _ = mss.read_audio(song)
+
+    assert audio.shape == (2, RATE)
+    assert f"{song.name}: longer than its header says; the rest is left out" in (
+        capsys.readouterr().err)
+
+def with_size(path, size):
+    """A second of noise in a WAV or AIFF whose header states another size -> the noise."""
+    samples = noise(2, RATE)
+    soundfile.write(path, samples.T.numpy(), RATE, "FLOAT")
+    content = bytearray(path.read_bytes())
+    chunk, order = (b"data", "<I") if path.suffix == ".wav" else (b"SSND", ">I")
+    struct.pack_into(order, content, content.index(chunk) + 4, size)
+    path.write_bytes(content)
+    return samples
+
+@needs_ffmpeg
+@pytest.mark.parametrize("size", [0, 40_000], ids=["none", "wrapped at 4 GB"])
+def test_a_wav_is_read_past_its_stated_size_by_ffmpeg(size, tmp_path, capsys):
+    audio = with_size(tmp_path / "song.wav", size)
+
+    read, _ = mss.read_audio(tmp_path / "song.wav")
+
+    assert torch.equal(read, audio)
+    assert "longer than its header says" in capsys.readouterr().err
+
+def test_a_wav_of_no_stated_size_is_refused_without_ffmpeg(tmp_path, monkeypatch):
+    with_size(tmp_path / "song.wav", 0)
+    monkeypatch.setenv("PATH", "")
+
+    with pytest.raises(mss.UserError, match="song.wav: longer than its header says.*ffmpeg"):
+        mss.read_audio(tmp_path / "song.wav")
+
+@pytest.mark.parametrize("size", [0x7F000008, 0x7FFFF000, 0x7FFFFFFF, 0x80000024, 0xFFFFFFFF])
+@pytest.mark.parametrize("suffix", [".wav", ".aiff"])
+def test_a_size_that_stands_for_an_unknown_one_is_none(suffix, size, tmp_path):
+    audio = with_size(tmp_path / f"streamed{suffix}", size)
+
+    read, _ = mss.read_audio(tmp_path / f"streamed{suffix}")
+
+    assert torch.equal(read, audio)
+
+@pytest.mark.parametrize("form", ["WAV", "AIFF", "W64", "RF64", "AU"])
+def test_samples_that_are_missing_at_the_end_are_an_error(form, tmp_path):
+    path = tmp_path / "song"
+    soundfile.write(path, noise(2, RATE).T.numpy(), RATE, "PCM_16", format=form)
+    os.truncate(path, path.stat().st_size // 2)
+
+    with pytest.raises(mss.UserError, match="song: truncated"):
+        mss.read_audio(path)
+
+def test_an_ogg_without_its_end_is_noted(tmp_path, capsys):
+    song = tmp_path / "song.ogg"
+    soundfile.write(song, noise(2, RATE).T.numpy(), RATE)
+    os.truncate(song, song.stat().st_size - 1)
+
+    mss.read_audio(song)
+
+    assert "song.ogg: truncated? its last page is missing" in capsys.readouterr().err
+
+def ogg_checksum(page):
+    """The CRC of an Ogg page (RFC 3533): polynomial 0x04C11DB7, its own four bytes taken as 0."""
+    value = 0
+    for byte in page[:22] + bytes(4) + page[26:]:
+        value ^= byte << 24
+        for _ in range(8):
+            value = value << 1 ^ (0x104C11DB7 if value >> 31 else 0)
+    return value
+
+def test_an_ogg_that_is_a_few_samples_shorter_than_stated_is_whole(tmp_path, capsys, checkpoint):
+    song = tmp_path / "song.ogg"
+    soundfile.write(song, noise(2, RATE).T.numpy(), RATE)
+    content = bytearray(song.read_bytes())
+    last = content.rindex(b"OggS")
+    struct.pack_into("<q", content, last + 6, RATE + 2000)            # where the music ends
+    struct.pack_into("<I", content, last + 22, ogg_checksum(content[last:]))
+    song.write_bytes(content)
+    missing = soundfile.info(song).frames - len(soundfile.read(song)[0])
+    assert 0 < missing < RATE / 10
+
+    folder, _ = separate_song(checkpoint, song)
+
+    assert soundfile.info(folder / "vocals.wav").frames == RATE + 2000 - missing
+
+@pytest.mark.parametrize("missing, is_refused", [(RATE // 11, False), (RATE // 9, True)])
+def test_a_tenth_of_a_second_may_be_missing_at_the_end(missing, is_refused, tmp_path):
+    song = tmp_path / "song.wav"
+    soundfile.write(song, noise(2, RATE).T.numpy(), RATE, "PCM_16")
+    os.truncate(song, song.stat().st_size - 4 * missing)
+
+    if is_refused:
+        with pytest.raises(mss.UserError, match="truncated"):
+            mss.read_audio(song)
+    else:
+        assert mss.read_audio(song)[0].shape == (2, RATE - missing)
+
+def test_a_damaged_length_in_an_mp3_is_not_believed(tmp_path, monkeypatch):
+    song = write_mp3(tmp_path / "song.mp3", noise(2, RATE), mode="CONSTANT")
+    played, _ = soundfile.read(song)
+    content = bytearray(song.read_bytes())
+    content[content.index(b"Info") + 8] |= 1 << 6                     # 2^30 frames more: 325 days
+    song.write_bytes(content)
+    monkeypatch.setenv("PATH", "")
+
+    audio, _ = mss.read_audio(song)
+
+    assert 0 <= audio.shape[1] - len(played) < 2 * 1152               # whole frames
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix", ["mp3", "flac"])
+def test_ffmpeg_reads_on_where_soundfile_cannot(suffix, tmp_path, capsys):
+    song = tmp_path / f"song.{suffix}"
+    soundfile.write(song, noise(2, 3 * RATE).T.numpy(), RATE)
+    content = bytearray(song.read_bytes())
+    middle = len(content) // 2
+    content[middle:middle + 3000] = bytes(3000)
+    song.write_bytes(content)
+
+    audio, _ = mss.read_audio(song)
+
+    assert 2 * RATE < audio.shape[1] < 3.1 * RATE
+    assert f"{song.name}: damaged" in capsys.readouterr().err
+
+def test_tags_behind_the_sound_are_no_sound(tmp_path, capsys):
+    tags = struct.pack("<4sI", b"LIST", 5000) + bytes(5000)
+    soundfile.write(tmp_path / "song.wav", noise(2, RATE).T.numpy(), RATE)
+    soundfile.write(tmp_path / "song.mp3", noise(2, RATE).T.numpy(), RATE)
+
+    for song in (tmp_path / "song.wav", tmp_path / "song.mp3"):
+        song.write_bytes(song.read_bytes() + tags)
+        assert mss.read_audio(song)[0].shape == (2, RATE)
+
+    assert capsys.readouterr().err == ""
+
+def test_samples_of_absurd_size_are_damage(tmp_path):
+    soundfile.write(tmp_path / "song.wav", np.full((100, 2), 1e30), RATE, "FLOAT")
+
+    with pytest.raises(mss.UserError, match="song.wav: finite samples expected"):
+        mss.read_audio(tmp_path / "song.wav")
 
 # ---- Resampling ---------------------------------------------------------------------------------
 
@@ -3244,10 +3408,37 @@ def test_a_file_that_is_not_there_is_refused(checkpoint, tmp_path):
 
 def test_a_truncated_file_is_refused(checkpoint, tmp_path):
     bad = tmp_path / "bad.wav"
-    mss.write_audio(bad, noise(2, 1000), RATE)
+    mss.write_audio(bad, noise(2, RATE), RATE)
     bad.write_bytes(bad.read_bytes()[:4000])
 
     is_refused(checkpoint, bad, "truncated")
+
+def test_a_damaged_file_is_refused_without_ffmpeg(checkpoint, tmp_path, monkeypatch):
+    bad = tmp_path / "bad.flac"
+    mss.write_audio(bad, noise(2, RATE), RATE)
+    content = bytearray(bad.read_bytes())
+    content[8700:9200] = bytes(500)                                   # in the first samples
+    bad.write_bytes(content)
+    monkeypatch.setenv("PATH", "")
+
+    is_refused(checkpoint, bad, "bad.flac: damaged, perhaps truncated")
+
+def test_too_little_memory_for_a_song_fails_that_song_only(checkpoint, song, monkeypatch):
+    other = song.with_name("other.wav")
+    other.write_bytes(song.read_bytes())
+    separate_file = separate.separate_file
+
+    def forgetful(model, path, *rest):
+        if path == song:
+            raise MemoryError
+        return separate_file(model, path, *rest)
+
+    monkeypatch.setattr(separate, "separate_file", forgetful)
+    code, _, err = call(
+        separate.main, song, other, "-m", checkpoint, "-o", song.parent / "out")
+
+    assert code == 1 and f"{song}: MemoryError" in err
+    check_stems(song.parent / "out" / "other", other)
 
 def test_samples_that_are_not_numbers_are_refused(checkpoint, tmp_path):
     samples = np.full((9000, 2), np.nan, "float32")
@@ -3258,7 +3449,7 @@ def test_samples_that_are_not_numbers_are_refused(checkpoint, tmp_path):
 def test_six_channels_are_refused(checkpoint, tmp_path):
     mss.write_audio(tmp_path / "bad.wav", noise(6, 100), RATE)
 
-    is_refused(checkpoint, tmp_path / "bad.wav", "found 6")
+    is_refused(checkpoint, tmp_path / "bad.wav", "found 6; to mix them down: ffmpeg")
 
 def test_the_songs_beside_a_bad_one_are_separated(checkpoint, tmp_path):
     good = tmp_path / "good.wav"
