@@ -1388,6 +1388,29 @@ def read_audio(path, start=0, frames=-1):
         count = left if frames < 0 else min(frames, left)
         return read_samples(file, count, file.frames - left), file.samplerate
 
+LIMITS = {              # channels and sample rates that a format can hold
+    ".flac": (8, range(1, 655_351)),
+    ".ogg": (255, range(1, 200_001)),
+    ".mp3": (2, (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000))}
+
+def check_limits(path, rate, channels):
+    """Raise UserError for what a format can't hold; libsndfile has crashed there."""
+    suffix = Path(path).suffix.lower()
+    most, rates = LIMITS.get(suffix, (1024, range(1, 1 << 31)))
+    if channels > most:
+        raise UserError(f"{path}: not written: {suffix} holds {most} channels, found {channels}")
+    if rate not in rates:
+        held = f"up to {rates[-1]}" if isinstance(rates, range) else ", ".join(map(str, rates))
+        raise UserError(f"{path}: not written: {suffix} holds {held} Hz, found {rate} Hz")
+
+def disk_error(path):
+    """What the system says if no more can be written to a file, such as that the disk is full."""
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        return error.strerror
+
 @contextlib.contextmanager
 def write_blocks(path, rate, channels, frames=0, subtype=None):
     """Yield a function that appends (C, n) blocks to a new file, which gets its name at the end.
@@ -1396,6 +1419,8 @@ def write_blocks(path, rate, channels, frames=0, subtype=None):
     `frames` to come decide on RF64, past 4 GB. The function raises UserError for samples that
     aren't finite: as PCM they would be loud noise.
     """
+    check_limits(path, rate, channels)
+    suffix = Path(path).suffix.lower()
     large = frames * channels * 4 > 4e9
     formats = {
         ".wav": dict(format="RF64" if large else "WAV", subtype=subtype or "FLOAT"),
@@ -1403,7 +1428,7 @@ def write_blocks(path, rate, channels, frames=0, subtype=None):
         ".ogg": dict(compression_level=0.0),
         ".mp3": dict(compression_level=0.0, bitrate_mode="CONSTANT"),
     }
-    options = formats.get(Path(path).suffix.lower(), {})
+    options = formats.get(suffix, {})
 
     with replacing(path) as temporary:
         def write(block):
@@ -1416,8 +1441,15 @@ def write_blocks(path, rate, channels, frames=0, subtype=None):
         try:
             with soundfile.SoundFile(temporary, "w", rate, channels, **options) as file:
                 yield write
-        except soundfile.LibsndfileError as error:                    # such as a full disk
-            raise UserError(f"{path}: not written: {error}") from error
+
+            # What encoders still hold when a file is closed gets lost on a full disk, silently.
+            if suffix in LIMITS and file.frames:
+                found, _ = read_to_end(temporary)
+                if found != file.frames:
+                    raise soundfile.SoundFileError(f"{file.frames} samples expected, found {found}")
+        except soundfile.SoundFileError as error:
+            reason = disk_error(temporary) or error
+            raise UserError(f"{path}: not written: {reason}") from error
 
 def write_audio(path, audio, rate):
     """Write a (C, L) tensor; see write_blocks."""
@@ -1471,7 +1503,10 @@ def resample_blocks(blocks, rate_in, rate_out):
         return
 
     # Zeros before and after the stream, as much as the filter reaches.
-    kernel, half = sinc_kernel(up, down)
+    try:
+        kernel, half = sinc_kernel(up, down)
+    except UserError as error:
+        raise UserError(f"{rate_in} Hz to {rate_out} Hz: {error}") from error
     blocks = iter(blocks)
     first = next(blocks)
     margin = first.new_zeros(*first.shape[:-1], half)

@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import base64
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import http.server
@@ -2104,6 +2105,36 @@ def test_samples_of_absurd_size_are_damage(tmp_path):
     with pytest.raises(mss.UserError, match="song.wav: finite samples expected"):
         mss.read_audio(tmp_path / "song.wav")
 
+# What cannot be written.
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+def test_a_disk_that_is_full_at_the_end_leaves_no_file(suffix, tmp_path):
+    path = tmp_path / f"vocals.{suffix}"
+    audio = noise(2, RATE)
+    mss.write_audio(path, audio, RATE)
+    size = path.stat().st_size
+    path.unlink()
+
+    with no_file_above(size - 1000), pytest.raises(mss.UserError) as error:
+        mss.write_audio(path, audio, RATE)
+
+    assert str(error.value) == f"{path}: not written: {os.strerror(errno.EFBIG)}"
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("suffix, channels, rate, words", [
+    ("mp3", 2, 44_056, "44100, 48000 Hz, found 44056 Hz"),
+    ("ogg", 2, 384_000, "up to 200000 Hz, found 384000 Hz"),
+    ("flac", 2, 700_000, "up to 655350 Hz, found 700000 Hz"),
+    ("mp3", 3, RATE, "2 channels, found 3"),
+    ("flac", 9, RATE, "8 channels, found 9"),
+    ("ogg", 256, RATE, "255 channels, found 256"),
+])
+def test_a_formats_limits_are_named(suffix, channels, rate, words, tmp_path):
+    with pytest.raises(mss.UserError, match=f"not written: .{suffix} holds.*{words}"):
+        mss.write_audio(tmp_path / f"vocals.{suffix}", noise(channels, 1000), rate)
+
+    assert not list(tmp_path.iterdir())
+
 # ---- Resampling ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rate_in, rate_out", [
@@ -3439,6 +3470,11 @@ def test_too_little_memory_for_a_song_fails_that_song_only(checkpoint, song, mon
 
     assert code == 1 and f"{song}: MemoryError" in err
     check_stems(song.parent / "out" / "other", other)
+
+def test_a_rate_of_no_simple_ratio_is_named(checkpoint, tmp_path):
+    mss.write_audio(tmp_path / "bad.wav", noise(2, 1000), 44_056)
+
+    is_refused(checkpoint, tmp_path / "bad.wav", "44056 Hz: two sample rates in a simpler")
 
 def test_samples_that_are_not_numbers_are_refused(checkpoint, tmp_path):
     samples = np.full((9000, 2), np.nan, "float32")
