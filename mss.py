@@ -1019,15 +1019,15 @@ def equalizer(x, rng):
 def room(x, rng):
     """A made-up room: what follows each sound is noise that decays by 60 dB in 0.2 to 1.5 s."""
     length = int(44100 * rng.uniform(0.2, 1.5))
-    noise = rng.standard_normal((len(x), length)) * 10 ** (-3 * np.arange(length) / length)
+    decay = 10 ** (-3 * np.arange(length, dtype="float32") / length)
+    noise = torch.from_numpy(rng.standard_normal((len(x), length), "float32") * decay)
     size = 1 << (x.shape[1] + length).bit_length()
 
     # The walls take the high frequencies first.
     dull = 1 / (1 + 2 ** (rng.uniform(1, 3) - octaves(size)))
-    tail = np.fft.rfft(noise, size) * dull
-    tail *= 10 ** (rng.uniform(-24, -6) / 20) / np.sqrt(np.mean(np.abs(tail) ** 2))
-    response = torch.from_numpy(1 + tail).to(torch.complex64)
-    return torch.fft.irfft(torch.fft.rfft(x, size) * response, size)[:, :x.shape[1]]
+    tail = torch.fft.rfft(noise, size) * torch.from_numpy(dull).float()
+    tail *= 10 ** (rng.uniform(-24, -6) / 20) / tail.abs().square().mean().sqrt()
+    return torch.fft.irfft(torch.fft.rfft(x, size) * (1 + tail), size)[:, :x.shape[1]]
 
 def swap(x, rng):
     """Left and right exchanged."""
