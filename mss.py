@@ -1293,8 +1293,8 @@ SHORTER = (             # what libsndfile notes of headers that state more than 
     r"^ *(?:data|SSND|BODY|Data Size|riff) *: (?P<stated>\d+) \(should be (?P<found>\d+)\)",
     r"frame count (?P<found>\d+) does not match value from 'ds64' chunk of (?P<stated>\d+)")
 
-def check_whole(file, path):
-    """Raise UserError where over a tenth of a second is missing of what the header states."""
+def check_whole(file, path, tolerance):
+    """Raise UserError where over `tolerance` seconds are missing of what the header states."""
     for pattern in SHORTER:
         for match in re.finditer(pattern, file.extra_info, re.MULTILINE):
             stated, found = int(match["stated"]), int(match["found"])
@@ -1304,7 +1304,7 @@ def check_whole(file, path):
             # Programs that stream don't know the length; they state about 2^31 or 2^32 bytes.
             off = min(stated % (1 << 31), -stated % (1 << 31))
             is_unknown = stated > 1 << 30 and off <= 1 << 24
-            if missing > 0.1 and not is_unknown:
+            if missing > tolerance and not is_unknown:
                 raise UserError(
                     f"{path}: truncated: a length of {stated} expected, found {found}")
 
@@ -1312,8 +1312,9 @@ def check_whole(file, path):
 def open_audio(path, whole=False):
     """Open a mono or stereo audio file of any format for reading -> AudioFile.
 
-    With `whole` it is read to its end beforehand: `frames` is then true, and ffmpeg, where it is
-    on PATH, decodes what soundfile can't. Raises UserError for what is no such file.
+    With `whole` it is read to its end beforehand: `frames` is then true, ffmpeg, where it is on
+    PATH, decodes what soundfile can't, and up to a tenth of a second may be missing. Raises
+    UserError for what is no such file.
     """
     if not Path(path).is_file():
         found = "a folder without any" if Path(path).is_dir() else "no file"
@@ -1334,12 +1335,14 @@ def open_audio(path, whole=False):
             how = "read by ffmpeg" if by_ffmpeg else "the rest is left out without ffmpeg"
             print(f"notice: {path}: {why}; {how}", file=sys.stderr)
 
-        check_whole(file, path)
+        check_whole(file, path, tolerance=0.1 if whole else 0.0)
         if whole and ogg_is_cut(path):
             print(f"notice: {path}: truncated? its last page is missing", file=sys.stderr)
         if file.channels > 2:
             raise UserError(f"{path}: 1 or 2 channels expected, found {file.channels}; to mix "
                             "them down: ffmpeg -i FILE -ac 2 STEREO.wav")
+        if file.samplerate < 1000:                                    # damage: days of sound
+            raise UserError(f"{path}: 1000 Hz or more expected, found {file.samplerate} Hz")
         yield file
 
 def read_samples(file, frames, start=None):
@@ -1365,8 +1368,8 @@ def read_samples(file, frames, start=None):
     sound = np.abs(audio) < 1e12                                      # damaged floats: NaN, 1e30
     if not sound.all():
         place = start + int(np.argmin(sound.all(axis=1)))
-        raise UserError(f"{file.path}: finite samples expected, found NaN, infinity or over 1e12 "
-                        f"at sample {place}")
+        raise UserError(f"{file.path}: finite samples expected, found NaN or infinity at sample "
+                        f"{place}, or one above 1e12")
     return torch.from_numpy(audio.T.copy())
 
 def read_blocks(file, start=0, frames=None, block=1 << 18):

@@ -2105,6 +2105,12 @@ def test_samples_of_absurd_size_are_damage(tmp_path):
     with pytest.raises(mss.UserError, match="song.wav: finite samples expected"):
         mss.read_audio(tmp_path / "song.wav")
 
+def test_a_sample_rate_of_no_sound_is_damage(tmp_path):
+    mss.write_audio(tmp_path / "song.wav", noise(2, 1000), 172)
+
+    with pytest.raises(mss.UserError, match="song.wav: 1000 Hz or more expected, found 172 Hz"):
+        mss.read_audio(tmp_path / "song.wav")
+
 # What cannot be written.
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
