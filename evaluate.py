@@ -10,13 +10,16 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -40,22 +43,30 @@ TARGETS = ("vocals", "accompaniment", "bass", "drums", "other")
 
 TAPS = 512              # length of the filters that a reference may be changed by
 BLOCK = 1 << 14         # samples that one FFT correlates
+PIECE = 1 << 18         # samples, about, of a song that are in memory at a time
 
-def correlations(x, s):
-    """r[i, j, TAPS - 1 + k] = sum over n of x_i[n + k] s_j[n] for |k| < TAPS.
+def correlations(pieces):
+    """How the channels x of references and estimates correlate with those of the references, s.
 
-    (N, L), (M, L) -> (N, M, 2 TAPS - 1) float64.
+    r[i, j, TAPS - 1 + k] = sum over n of x_i[n + k] s_j[n] for |k| < TAPS, of a whole song.
+    Pieces of (S, C, n) references and estimates -> (2 S C, S C, 2 TAPS - 1) float64.
     """
     hop = BLOCK - 2 * (TAPS - 1)
-    rest = -x.shape[-1] % hop
-    x = F.pad(x, (TAPS - 1, rest + TAPS - 1)).unfold(-1, BLOCK, hop)  # (N, blocks, BLOCK)
-    s = F.pad(s, (0, rest)).unfold(-1, hop, hop)                      # (M, blocks, hop)
+    step = 16 * hop                                                   # 6 s
+    channels = (torch.cat(piece).flatten(0, 1) for piece in pieces)   # (2 S C, n)
+    first = next(channels)
+    margin = first.new_zeros(len(first), TAPS - 1)
+    song = mss.Lookahead(itertools.chain([margin, first], channels, [margin]))
 
     cross = 0
-    for x_t, s_t in zip(x.split(16, dim=1), s.split(16, dim=1)):      # 6 s at a time, for memory
-        X = torch.fft.rfft(x_t.double())
-        S = torch.fft.rfft(s_t.double(), BLOCK).conj()
+    while (x := song.peek(step + 2 * (TAPS - 1))).shape[-1] > 2 * (TAPS - 1):
+        rest = -(x.shape[-1] - 2 * (TAPS - 1)) % hop
+        x = F.pad(x, (0, rest)).double()
+        s = x[:len(x) // 2, TAPS - 1:1 - TAPS].unflatten(-1, (-1, hop))
+        X = torch.fft.rfft(x.unfold(-1, BLOCK, hop))                  # (2 S C, blocks, bins)
+        S = torch.fft.rfft(s, BLOCK).conj()
         cross = cross + torch.einsum("ntf,mtf->nmf", X, S)
+        song.drop(step)
     return torch.fft.irfft(cross, BLOCK)[..., :2 * TAPS - 1]
 
 def projection_filters(r_ss, r_ys, n_fft):
@@ -65,7 +76,7 @@ def projection_filters(r_ss, r_ys, n_fft):
 
     They solve G C = D. G is singular where channels are equal or silent, and nearly so where a
     band is: a ridge of 1e-15 of its mean diagonal, or ten times that and so on, lets Cholesky
-    succeed; one step of refinement follows.
+    succeed; one step of refinement follows. UserError if not even a ridge of the diagonal helps.
     """
     M = len(r_ss)
     size = M * TAPS
@@ -74,13 +85,17 @@ def projection_filters(r_ss, r_ys, n_fft):
     D = r_ys[..., TAPS - 1:].permute(1, 2, 0).reshape(size, -1)       # [(a, p), x] = r_xa[p]
 
     ridge = 0
-    more = 1e-15 * G.diagonal().mean() + 1e-300
-    failed = True
-    while failed:
+    mean = G.diagonal().mean()
+    for power in range(-15, 1):
+        more = 10.0 ** power * mean + 1e-300 - ridge
         G.diagonal().add_(more)                                       # in place, for G is large
         ridge += more
-        more = 9 * ridge
         L, failed = torch.linalg.cholesky_ex(G)
+        if not failed:
+            break
+    else:
+        raise mss.UserError("references that can be projected on expected, found that no ridge "
+                            "makes their correlations positive definite")
 
     C = torch.cholesky_solve(D, L)
     C += torch.cholesky_solve(D - G @ C + ridge * C, L)
@@ -88,18 +103,11 @@ def projection_filters(r_ss, r_ys, n_fft):
     return torch.fft.rfft(C, n_fft, dim=1).transpose(0, 1).contiguous()
 
 def check_arrays(s, y):
-    """Raise UserError unless both are (sources, samples, channels) of finite numbers."""
+    """Raise UserError unless both are (sources, samples, channels)."""
     same = s.dim() == y.dim() == 3 and s.shape[0] == y.shape[0] and s.shape[2] == y.shape[2]
     if not same:
         raise mss.UserError("(sources, samples, channels) twice expected, found "
                             f"{(*s.shape,)} and {(*y.shape,)}")
-    if not torch.isfinite(s.sum() + y.sum()):
-        raise mss.UserError("finite samples expected, found NaN or infinity")
-
-def any_silent(x):
-    """Whether in any source of (S, n, C) the channels sum to 0 at each sample."""
-    total = sum(x.unbind(-1))
-    return not total.any(dim=1).all()
 
 def bss_eval(references, estimates, rate, filters=True):
     """BSS Eval v4 of (S, L, C) and (S, L', C) arrays.
@@ -114,48 +122,109 @@ def bss_eval(references, estimates, rate, filters=True):
     s = torch.as_tensor(np.asarray(references))
     y = torch.as_tensor(np.asarray(estimates))
     check_arrays(s, y)
-    sources, length, channels = s.shape
+    sources, length, _ = s.shape
     y = y[:, :length]
     y = F.pad(y, (0, 0, 0, length - y.shape[1]))
 
-    size = max(1, min(int(rate), length))
-    frames = [slice(t, t + size) for t in range(0, max(length - size, 0) + 1, size)]
-    names = METRICS if filters else METRICS[:1]
-    scores = {name: np.full((sources, len(frames)), np.nan) for name in names}
+    def read_s(part):
+        return s[:, part].transpose(1, 2)                             # (S, C, n)
 
-    counted = []
-    for t, frame in enumerate(frames):
-        s_t, y_t = s[:, frame].double(), y[:, frame].double()
-        if any_silent(s_t) or any_silent(y_t):
-            continue
-        counted.append(t)
-        signal = s_t.square().sum((1, 2)).numpy()
-        error = (y_t - s_t).square().sum((1, 2)).numpy()
-        scores["SDR"][:, t] = mss.decibels(signal, error)             # eq. 5
+    def read_y(part):
+        return y[:, part].transpose(1, 2)
 
-    if filters and counted:
-        add_projections(scores, s.transpose(1, 2), y.transpose(1, 2), frames, counted)
+    group = list(range(sources))
+    (scores, _, _), = score_pieces(read_s, {read_y: filters}, [group], rate, length)
     return scores
 
-def add_projections(scores, s, y, frames, counted):
-    """ISR, SIR and SAR of (S, C, L) references and estimates, in the frames that count.
+def score_pieces(read_s, systems, groups, rate, length):
+    """BSS Eval v4 of several systems' estimates of a song of `length` samples, read in pieces.
 
-    An estimate is projected on its own reference and its delayed copies (own), and on those of all
-    references (all): what is lost on the way is error in space, interference and artefacts.
+    read_s(slice) -> references (S, C, n). systems: {read_y: whether it gets ISR, SIR, SAR}, where
+    read_y(slice) -> estimates. groups: of sources that are evaluated together; a source is scored
+    as one of the first group that has it.
+
+    -> for each system bss_eval's scores and, of the whole song, |s|^2 and |y - s|^2, both (S,).
     """
-    sources, channels, _ = s.shape
-    size = frames[0].stop
+    size = max(1, min(int(rate), length))
+    count = max(1, length // size)
+    step = size * max(1, PIECE // size)
+    parts = [slice(t, min(t + step, length)) for t in range(0, max(length, 1), step)]
+
+    # |s|^2, |y - s|^2 and whether both sound, of each frame, an incomplete last one among them. In
+    # arrays that are there before, for small ones between large ones would scatter the memory.
+    sources = len(set().union(*groups))
+    found = np.zeros((len(systems), 3, sources, max(1, -(-length // size))))
+    for part in parts:
+        s = in_frames(read_s(part), size)                             # (S, frames, C, size)
+        frames = slice(part.start // size, part.start // size + s.shape[1])
+        for k, read_y in enumerate(systems):
+            y = in_frames(read_y(part), size)
+            for i, values in enumerate((energy(s), energy(y - s), sounds(s) & sounds(y))):
+                found[k, i, :, frames] = values
+
+    results = []
+    for (read_y, filters), (signal, error, sound) in zip(systems.items(), found):
+        if not np.isfinite(signal + error).all():
+            raise mss.UserError("finite samples expected, found NaN or infinity")
+
+        counted = np.zeros((sources, count), bool)
+        for group in reversed(groups):
+            counted[group] = sound[group, :count].all(axis=0)
+
+        scores = {"SDR": mss.decibels(signal, error)[:, :count]}      # eq. 5
+        if filters:
+            scores.update({name: np.full(counted.shape, np.nan) for name in METRICS[1:]})
+        if filters and counted.any():
+            def pieces(read_y=read_y):
+                return ((read_s(part), read_y(part)) for part in parts)
+
+            add_projections(scores, pieces, groups, counted, size)
+        for values in scores.values():
+            values[~counted] = np.nan
+        results.append((scores, signal.sum(1), error.sum(1)))
+    return results
+
+def in_frames(x, size):
+    """(S, C, n) -> (S, frames, C, size) float64; zeros fill up the last frame."""
+    frames = max(1, -(-x.shape[-1] // size))
+    x = F.pad(x.double(), (0, frames * size - x.shape[-1]))
+    return x.unflatten(-1, (frames, size)).transpose(1, 2)
+
+def energy(x):
+    return x.square().sum((2, 3))
+
+def sounds(x):
+    """In which frames of (S, frames, C, size) the channels don't sum to 0 at each sample."""
+    return x.sum(2).any(-1)
+
+def add_projections(scores, pieces, groups, counted, size):
+    """ISR, SIR and SAR of the frames that `counted` (S, frames) says, to `scores`.
+
+    pieces() yields references and estimates, (S, C, n). An estimate is projected on its own
+    reference and its delayed copies (own), and on those of all references of its group (all): what
+    is lost on the way is error in space, interference and artefacts.
+    """
+    sources, frames = counted.shape
     n_fft = -(-(size + TAPS - 1) // 1024) * 1024                      # quick to transform
 
     # The filters, of whole songs.
-    everything = torch.cat([s, y]).flatten(0, 1)                      # (2 S C, L)
-    r_ss, r_ys = correlations(everything, s.flatten(0, 1)).split(sources * channels)
-    C_all = projection_filters(r_ss, r_ys, n_fft)                     # (bins, S C, S C)
-    C_own = []
-    for j in range(sources):
-        own = slice(j * channels, (j + 1) * channels)
-        C_own.append(projection_filters(r_ss[own, own], r_ys[own, own], n_fft))
-    C_own = torch.stack(C_own)                                        # (S, bins, C, C)
+    r = correlations(pieces())
+    r = r.unflatten(1, (sources, -1)).unflatten(0, (2, sources, -1))  # (2, S, C, S, C, ...)
+    r_ss, r_ys = r
+
+    def filters(estimates, references):
+        r = [r[sources][:, :, references].flatten(2, 3).flatten(0, 1)
+             for r, sources in ((r_ss, references), (r_ys, estimates))]
+        return projection_filters(*r, n_fft)
+
+    C_own = torch.stack([filters([j], [j]) for j in range(sources)])  # (S, bins, C, C)
+    C_all = []
+    scored = set()
+    for group in groups:
+        mine = [j for j in group if j not in scored]
+        scored.update(group)
+        if counted[mine].any():
+            C_all.append((group, mine, filters(mine, group)))         # (bins, S' C, S'' C)
 
     # Energies by Parseval: all bins but the first and the last stand for two.
     weights = torch.full((n_fft // 2 + 1,), 2 / n_fft, dtype=torch.double)
@@ -166,11 +235,17 @@ def add_projections(scores, s, y, frames, counted):
                     for X in (signal, error)]
         return mss.decibels(*energies)
 
-    for t in counted:
-        S = torch.fft.rfft(s[..., frames[t]].double(), n_fft)         # (S, C, bins)
-        Y = torch.fft.rfft(y[..., frames[t]].double(), n_fft)
-        P_all = torch.einsum("faz,af->zf", C_all, S.flatten(0, 1)).unflatten(0, (sources, channels))
+    songs_frames = (pair for s, y in pieces() for pair in zip(s.split(size, -1), y.split(size, -1)))
+    for t, (s_t, y_t) in zip(range(frames), songs_frames):
+        if not counted[:, t].any():
+            continue
+        S = torch.fft.rfft(s_t.double(), n_fft)                       # (S, C, bins)
+        Y = torch.fft.rfft(y_t.double(), n_fft)
         P_own = torch.einsum("jfaz,jaf->jzf", C_own, S)
+        P_all = torch.zeros_like(S)
+        for group, mine, C in C_all:
+            P = torch.einsum("faz,af->zf", C, S[group].flatten(0, 1))
+            P_all[mine] = P.unflatten(0, (len(mine), -1))
         scores["ISR"][:, t] = ratio(S, P_own - S)
         scores["SIR"][:, t] = ratio(P_own, P_all - P_own)
         scores["SAR"][:, t] = ratio(P_all, Y - P_all)
@@ -194,36 +269,91 @@ def evaluated_together(names):
         groups.append(["accompaniment"])
     return groups
 
-def score(references, estimates, rate, filters=False):
-    """{target: (C, L)} twice -> {target: {"SDR": [dB per frame], ..., "uSDR": dB}}.
+class Stored:
+    """A (C, L) signal that is read where it is sliced: [:, start:stop], as of a tensor.
 
-    With filters also "ISR", "SIR", "SAR". uSDR (MDX21, SDX23): 1e-7 is added to both energies of
-    the whole song; NaN where the reference is silent.
+    load(start, n) -> its next n samples; zeros follow where there are fewer.
     """
-    scores = {}
-    for names in evaluated_together(estimates):
-        s = np.stack([references[name].T.numpy() for name in names])  # (S, L, C)
-        y = np.stack([estimates[name].T.numpy() for name in names])
-        frames = bss_eval(s, y, rate, filters)
-        for j, name in enumerate(names):
-            if name in scores:                                        # vocals count as of the pair
-                continue
 
-            scores[name] = {metric: values[j].tolist() for metric, values in frames.items()}
-            silent = not references[name].any()
-            whole = np.nan if silent else mss.sdr(references[name], estimates[name], 1e-7)
-            scores[name]["uSDR"] = whole
-    return scores
+    def __init__(self, load, channels, frames):
+        self.load = functools.lru_cache(1)(load)                      # who needs it needs it twice
+        self.shape = (channels, frames)
+
+    def __getitem__(self, where):
+        start, stop, _ = where[1].indices(self.shape[1])
+        audio = mss.to_channels(self.load(start, stop - start), self.shape[0])
+        return F.pad(audio, (0, stop - start - audio.shape[1]))
+
+def stored(track, source, channels):
+    """A source of a track, as Stored."""
+    return Stored(functools.partial(track.load, source), channels, track.frames)
+
+def stored_file(file, first, channels, frames):
+    """An open file from sample `first` on, as Stored."""
+    def load(start, n):
+        place = min(first + start, file.frames)
+        n = min(n, file.frames - place)
+        here = file.tell() == place                                   # MP3 is seeked inexactly
+        return mss.read_samples(file, n, None if here else place)
+    return Stored(load, channels, frames)
+
+def score(references, systems, rate, filters=()):
+    """{target: audio} and {system: {target: audio}} -> {system: {target: scores}}.
+
+    Audio is (C, L), a tensor or Stored. Scores are {"SDR": [dB per frame], ..., "uSDR": dB}, of the
+    systems in `filters` also "ISR", "SIR", "SAR". uSDR (MDX21, SDX23): 1e-7 is added to both
+    energies of the whole song; NaN where the reference is silent.
+    """
+    groups = evaluated_together(next(iter(systems.values())))
+    targets = list(dict.fromkeys(name for group in groups for name in group))
+    groups = [[targets.index(name) for name in group] for group in groups]
+
+    def reader(signals):
+        return lambda part: torch.stack([signals[name][:, part] for name in targets])
+
+    readers = {reader(estimates): system in filters for system, estimates in systems.items()}
+    length = references[targets[0]].shape[1]
+    found = score_pieces(reader(references), readers, groups, rate, length)
+
+    results = {}
+    for system, (frames, loudness, error) in zip(systems, found):
+        usdr = mss.decibels(loudness + 1e-7, error + 1e-7)
+        usdr[loudness == 0] = np.nan
+        results[system] = {}
+        for j, name in enumerate(targets):
+            scores = {metric: values[j].tolist() for metric, values in frames.items()}
+            results[system][name] = {**scores, "uSDR": float(usdr[j])}
+    return results
+
+def mixture_for(model, track):
+    """A track's mixture in the model's number of channels, as Stored. UserError at other rates."""
+    rate = model.config.sample_rate
+    if track.sample_rate != rate:
+        raise mss.UserError(f"{track.name}: {rate} Hz expected, found {track.sample_rate} Hz")
+    return stored(track, "mixture", model.config.channels)
 
 def separated(model, track, bf16=False):
     """A model's (mixture (C, L), {target: (C, L)}), in its number of channels."""
-    config = model.config
-    if track.sample_rate != config.sample_rate:
-        raise mss.UserError(f"{track.name}: {config.sample_rate} Hz expected, found "
-                            f"{track.sample_rate} Hz")
-    mixture = mss.to_channels(track.load("mixture"), config.channels)
+    mixture = mixture_for(model, track)[:, :]
     estimates = mss.separate_track(model, mixture, bf16=bf16)
-    return mixture, dict(zip(config.targets, estimates))
+    return mixture, dict(zip(model.config.targets, estimates))
+
+def separated_on_disk(stack, model, track, folder, bf16=False):
+    """As separated, but Stored, in temporary files in `folder` that `stack` removes."""
+    mixture = mixture_for(model, track)
+    channels, length = mixture.shape
+    blocks = (mixture[:, t:t + PIECE] for t in range(0, max(length, 1), PIECE))
+    blocks = mss.separate_blocks(model, blocks, bf16=bf16)            # (S, C, n) each
+
+    temporary = tempfile.TemporaryDirectory(prefix=".partial-", dir=folder)
+    folder = stack.enter_context(temporary)
+    targets = model.config.targets
+    paths = [Path(folder, f"{i}.wav") for i in range(len(targets))]
+    separate.write_stems(paths, blocks, track.sample_rate, channels, length, "FLOAT")
+
+    files = [stack.enter_context(mss.open_audio(path)) for path in paths]
+    estimates = [stored_file(file, 0, channels, length) for file in files]
+    return mixture, dict(zip(targets, estimates))
 
 def estimate_files(folder, subset, name):
     """{target: file} of FOLDER/SUBSET/NAME/TARGET.wav (or flac, mp3, ...), or of FOLDER/NAME.
@@ -240,38 +370,48 @@ def estimate_files(folder, subset, name):
         raise mss.UserError(f"{places[1]}: some of {', '.join(TARGETS)}.wav expected, found none")
     return files
 
-def read_estimates(files, track):
-    """(mixture, {target: (C, L)}) from {target: file}.
+def read_estimates(stack, files, track):
+    """{target: file} -> (mixture, {target: Stored}); `stack` closes the files.
 
     Other lengths and numbers of channels are made the song's, with a notice.
     """
+    song, first = (track.song, track.first) if isinstance(track, Excerpt) else (track, 0)
+    expected = (song.channels, song.frames)
     estimates = {}
-    expected = (track.channels, track.frames)
     for name, path in files.items():
-        with mss.open_audio(path) as file:
-            if file.samplerate != track.sample_rate:
-                raise mss.UserError(f"{path}: {track.sample_rate} Hz expected, found "
-                                    f"{file.samplerate} Hz")
+        file = stack.enter_context(mss.open_audio(path))
+        if file.samplerate != track.sample_rate:
+            raise mss.UserError(f"{path}: {track.sample_rate} Hz expected, found "
+                                f"{file.samplerate} Hz")
 
-        audio, _ = mss.read_audio(path)
-        if tuple(audio.shape) != expected:
-            print(f"notice: {path}: (channels, samples) {tuple(audio.shape)}, made {expected}: cut "
-                  "or zeros added", file=sys.stderr)
-        audio = mss.to_channels(audio, track.channels)[:, :track.frames]
-        estimates[name] = F.pad(audio, (0, track.frames - audio.shape[-1]))
-    return track.load("mixture"), estimates
+        found = (file.channels, file.frames)
+        if found != expected:
+            print(f"notice: {path}: (channels, samples) {found}, made {expected}: cut or zeros "
+                  "added", file=sys.stderr)
+        estimates[name] = stored_file(file, first, track.channels, track.frames)
+    return stored(track, "mixture", track.channels), estimates
+
+def complemented(mixture, estimates):
+    """As mss.with_complements; what follows from the others is Stored."""
+    def load(name, start, n):
+        part = slice(start, start + n)
+        parts = {given: audio[:, part] for given, audio in estimates.items()}
+        return mss.with_complements(mixture[:, part], parts)[name]
+
+    names = mss.with_complements(0, dict.fromkeys(estimates, 0))
+    more = {name: Stored(functools.partial(load, name), *mixture.shape)
+            for name in names if name not in estimates}
+    return {**estimates, **more}
 
 def compare(track, mixture, estimates, filters=False):
-    """Score estimates, and the mixture as estimate.
+    """Score estimates, and the mixture as estimate; audio is (C, L), a tensor or Stored.
 
     -> ({"estimate": scores, "mixture": scores}, references, estimates and what follows from them).
     """
-    estimates = mss.with_complements(mixture, estimates)
-    channels = len(mixture)
-    references = {name: mss.to_channels(track.load(name), channels) for name in estimates}
-    mixtures = dict.fromkeys(estimates, mixture)
-    scores = {"estimate": score(references, estimates, track.sample_rate, filters),
-              "mixture": score(references, mixtures, track.sample_rate)}
+    estimates = complemented(mixture, estimates)
+    references = {name: stored(track, name, mixture.shape[0]) for name in estimates}
+    systems = {"estimate": estimates, "mixture": dict.fromkeys(estimates, mixture)}
+    scores = score(references, systems, track.sample_rate, ("estimate",) if filters else ())
     return scores, references, estimates
 
 # ---- Oracles: what ideal masks reach (sections 2.5 and 2.6 of the paper) ------------------------
@@ -297,22 +437,33 @@ ORACLES = {             # (S, X) -> M: the columns of Table 1
     "cIRM(inf)": complex_ideal_ratio_mask(np.inf),
 }
 SIDE = 129              # cells of Figure 2's histograms on each axis, for -2 to 2
+HOP = 441               # mss.stft's, whose window has 2048 samples: what lies within a MARGIN,
+MARGIN = 5 * HOP        # which is longer, has a say
 
 def spectrograms(mixture, references):
-    """Yield (channel, target, S, X), both (1, T, F): one at a time, for they are large."""
-    for c, x in enumerate(mixture.split(1)):
-        X = mss.stft(x)
-        for name, reference in references.items():
-            yield c, name, mss.stft(reference[c:c + 1]), X
+    """A function (source or "mixture", start, stop) -> the spectrogram (C, T, F) of these samples
+    and their surroundings, and how many samples come before `start` in it. It keeps the latest.
+    """
+    @functools.lru_cache(len(references) + 1)
+    def spectrogram(source, start, stop):
+        audio = references.get(source, mixture)
+        first = max(0, start // HOP * HOP - MARGIN)
+        return mss.stft(audio[:, first:stop + MARGIN]), start - first
+    return spectrogram
 
-def oracle_estimates(mask, mixture, references):
-    """{target: (C, L)}: the mixture with the ideal mask of each."""
-    estimates = {name: torch.empty_like(mixture) for name in references}
-    length = mixture.shape[-1]
-    for c, name, S, X in spectrograms(mixture, references):
+def oracle_estimates(mixture, references):
+    """{mask: {target: Stored}}: the mixture with the ideal masks of each."""
+    spectrogram = spectrograms(mixture, references)
+
+    def load(mask, source, start, n):
+        S, before = spectrogram(source, start, start + n)
+        X, _ = spectrogram("mixture", start, start + n)
         Y = mask(S, X) * X                                            # eq. 4
-        estimates[name][c] = mss.istft(Y, length)[0]
-    return estimates
+        return mss.istft(Y, before + n)[:, before:]
+
+    return {name: {source: Stored(functools.partial(load, mask, source), *mixture.shape)
+                   for source in references}
+            for name, mask in ORACLES.items()}
 
 def mask_statistics(mixture, references):
     """{target: [bins, those with |M| > 1, then a flat (SIDE, SIDE) histogram of M]}.
@@ -320,16 +471,25 @@ def mask_statistics(mixture, references):
     Bins with |X| <= 1e-8 are none.
     """
     statistics = dict.fromkeys(references, 0)
-    for _, name, S, X in spectrograms(mixture, references):
-        M = mss.ideal_mask(S, X)[X.abs() > 1e-8]
-        rows_columns = torch.stack([-M.imag, M.real])                 # + j on top
-        cells = ((rows_columns + 2) * (SIDE / 4)).floor().long()
-        inside = ((cells >= 0) & (cells < SIDE)).all(0)
-        row, column = cells[:, inside]
-        histogram = torch.bincount(row * SIDE + column, minlength=SIDE * SIDE)
+    spectrogram = spectrograms(mixture, references)
+    length = mixture.shape[1]
+    step = PIECE // HOP * HOP
+    for start in range(0, max(length, 1), step):
+        stop = min(start + step, length)
+        X, before = spectrogram("mixture", start, stop)
+        end = None if stop == length else (before + step) // HOP
+        frames = slice(before // HOP, end)
+        for name in references:
+            S, _ = spectrogram(name, start, stop)
+            M = mss.ideal_mask(S, X)[:, frames][X[:, frames].abs() > 1e-8]
+            rows_columns = torch.stack([-M.imag, M.real])             # + j on top
+            cells = ((rows_columns + 2) * (SIDE / 4)).floor().long()
+            inside = ((cells >= 0) & (cells < SIDE)).all(0)
+            row, column = cells[:, inside]
+            histogram = torch.bincount(row * SIDE + column, minlength=SIDE * SIDE)
 
-        counts = torch.tensor([M.numel(), (M.abs() > 1).sum()])
-        statistics[name] += torch.cat([counts, histogram])
+            counts = torch.tensor([M.numel(), (M.abs() > 1).sum()])
+            statistics[name] += torch.cat([counts, histogram])
     return {name: counts.tolist() for name, counts in statistics.items()}
 
 def figure_2(masks):
@@ -483,6 +643,7 @@ def bars(values, label):
 
     None for frames that don't count.
     """
+    label = html.escape(label)
     path = ""
     for t, value in enumerate(values):
         if np.isfinite(value):
@@ -495,6 +656,7 @@ def bars(values, label):
 
 def player(label, audio, rate):
     """HTML of the spectrogram of (C, L) samples, and of an MP3 of them, 320 kbit/s."""
+    label = html.escape(label)
     sound = mss.resample(audio, rate, 44100).T
     file = io.BytesIO()
     soundfile.write(file, sound, 44100, format="MP3", bitrate_mode="CONSTANT",
@@ -507,10 +669,15 @@ def player(label, audio, rate):
             '</figure>')
 
 def loudest(audio, n):
-    """Where the n samples of (C, L) with the highest energy begin."""
-    energy = audio.double().square().sum(0).cumsum(0)
-    energy = F.pad(energy, (1, 0))
-    return int((energy[n:] - energy[:len(energy) - n]).argmax())
+    """Where the n samples of (C, L) with the highest energy begin, to a hundredth of n."""
+    hop = max(1, n // 100)
+    energies = [torch.zeros(1)]
+    for start in range(0, audio.shape[-1] - hop + 1, 100 * hop):
+        part = audio[:, start:start + 100 * hop].double().square().sum(0)
+        energies.append(part[:len(part) // hop * hop].unflatten(0, (-1, hop)).sum(1))
+    energy = torch.cat(energies).cumsum(0)
+    hops = n // hop
+    return hop * int((energy[hops:] - energy[:len(energy) - hops]).argmax())
 
 def listening(mixture, references, estimates, rate):
     """HTML of the 10 s in which the first target is loudest: mixture, references, estimates."""
@@ -570,8 +737,10 @@ class Excerpt(mss.Track):
     song: mss.Track = None
     first: int = 0                              # where in the song it begins
 
-    def load(self, source):
-        return self.song.load(source, self.first, self.frames)
+    def load(self, source, start=0, frames=-1):
+        left = self.frames - start
+        frames = left if frames < 0 else min(frames, left)
+        return self.song.load(source, self.first + start, frames)
 
 def excerpts(tracks, count, seconds, seed):
     """A random excerpt of each of `count` random songs, or of all; shorter songs come whole."""
@@ -625,34 +794,34 @@ def evaluate_track(args, model, track):
     return result
 
 def evaluate_oracles(track):
-    mixture = track.load("mixture")
-    references = {name: track.load(name) for name in TARGETS}
-    scores = {}
-    for name, mask in ORACLES.items():
-        estimates = oracle_estimates(mask, mixture, references)
-        scores[name] = score(references, estimates, track.sample_rate)
+    mixture = stored(track, "mixture", track.channels)
+    references = {name: stored(track, name, track.channels) for name in TARGETS}
+    scores = score(references, oracle_estimates(mixture, references), track.sample_rate)
     return {"scores": scores, "masks": mask_statistics(mixture, references), "files": {}}
 
 def evaluate_estimates(args, model, track, files, fragment):
     """Scores; the estimates as --out says; and, as --report says, its part in `fragment`."""
-    if files:
-        mixture, estimates = read_estimates(files, track)
-    else:
-        mixture, estimates = separated(model, track, args.bf16)
-    scores, references, estimates = compare(track, mixture, estimates, args.full)
-    result = {"scores": scores}
+    with contextlib.ExitStack() as stack:
+        if files:
+            mixture, estimates = read_estimates(stack, files, track)
+        else:
+            mixture, estimates = separated_on_disk(stack, model, track, args.results, args.bf16)
+        scores, references, estimates = compare(track, mixture, estimates, args.full)
+        result = {"scores": scores}
 
-    written = []
-    if args.out:
-        for name, audio in estimates.items():
-            wav = Path(args.out, args.subset, track.name, f"{name}.wav").absolute()
-            mss.write_audio(wav, audio, track.sample_rate)
-            written.append(str(wav))
-    if args.report:
-        fragment = fragment.absolute()
-        fragment.write_text(listening(mixture, references, estimates, track.sample_rate))
-        result["fragment"] = str(fragment)
-        written.append(str(fragment))
+        written = []
+        if args.out:
+            folder = Path(args.out, args.subset, track.name).absolute()
+            written += [str(folder / f"{name}.wav") for name in estimates]
+            channels, length = mixture.shape
+            blocks = ([audio[:, t:t + PIECE] for audio in estimates.values()]
+                      for t in range(0, max(length, 1), PIECE))
+            separate.write_stems(written, blocks, track.sample_rate, channels, length, "FLOAT")
+        if args.report:
+            fragment = fragment.absolute()
+            fragment.write_text(listening(mixture, references, estimates, track.sample_rate))
+            result["fragment"] = str(fragment)
+            written.append(str(fragment))
     result["files"] = {file: os.stat(file).st_mtime_ns for file in written}
     return result
 
@@ -663,6 +832,9 @@ def work(args, model, tracks, columns, store):
     for i in mss.turns(store, len(tracks)):
         try:
             result = evaluate_track(args, model, tracks[i])
+            if args.json:
+                path = Path(args.json, args.subset, f"{result['track']}.json")
+                write_json(path, result["scores"]["estimate"])
         except () if args.debug else caught as error:
             result = {"track": tracks[i].name, "error": mss.one_line(error)}
             print(f"evaluate.py: error: {result['track']}: {result['error']}", file=sys.stderr,
@@ -671,10 +843,6 @@ def work(args, model, tracks, columns, store):
         rows = summary(result["track"], result.get("scores", {}))
         for target in dict.fromkeys(row["target"] for row in rows):
             print(text(line(result["track"], rows, target, columns)), flush=True)
-        if args.json and rows:
-            path = Path(args.json, args.subset, f"{result['track']}.json")
-            write_json(path, result["scores"]["estimate"])
-
         store.set(f"track {i}", json.dumps(result))
         if sys.stderr.isatty():
             print(f"{store.add('done', 1)} of {len(tracks)} tracks", end="\033[K\r",
