@@ -145,33 +145,23 @@ def score_pieces(read_s, systems, groups, rate, length):
 
     -> for each system bss_eval's scores and, of the whole song, |s|^2 and |y - s|^2, both (S,).
     """
-    size = max(1, min(int(rate), length))
+    size = max(1, min(int(rate), length))                             # of a frame
     count = max(1, length // size)
     step = size * max(1, PIECE // size)
     parts = [slice(t, min(t + step, length)) for t in range(0, max(length, 1), step)]
-
-    # |s|^2, |y - s|^2 and whether both sound, of each frame, an incomplete last one among them. In
-    # arrays that are there before, for small ones between large ones would scatter the memory.
     sources = len(set().union(*groups))
-    found = np.zeros((len(systems), 3, sources, max(1, -(-length // size))))
-    for part in parts:
-        s = in_frames(read_s(part), size)                             # (S, frames, C, size)
-        frames = slice(part.start // size, part.start // size + s.shape[1])
-        for k, read_y in enumerate(systems):
-            y = in_frames(read_y(part), size)
-            for i, values in enumerate((energy(s), energy(y - s), sounds(s) & sounds(y))):
-                found[k, i, :, frames] = values
+    energies = frame_energies(read_s, systems, parts, size, sources)
 
     results = []
-    for (read_y, filters), (signal, error, sound) in zip(systems.items(), found):
-        if not np.isfinite(signal + error).all():
+    for (read_y, filters), (of_s, of_error, sound) in zip(systems.items(), energies):
+        if not np.isfinite(of_s + of_error).all():
             raise mss.UserError("finite samples expected, found NaN or infinity")
 
         counted = np.zeros((sources, count), bool)
         for group in reversed(groups):
             counted[group] = sound[group, :count].all(axis=0)
 
-        scores = {"SDR": mss.decibels(signal, error)[:, :count]}      # eq. 5
+        scores = {"SDR": mss.decibels(of_s, of_error)[:, :count]}     # eq. 5
         if filters:
             scores.update({name: np.full(counted.shape, np.nan) for name in METRICS[1:]})
         if filters and counted.any():
@@ -181,17 +171,32 @@ def score_pieces(read_s, systems, groups, rate, length):
             add_projections(scores, pieces, groups, counted, size)
         for values in scores.values():
             values[~counted] = np.nan
-        results.append((scores, signal.sum(1), error.sum(1)))
+        results.append((scores, of_s.sum(1), of_error.sum(1)))
     return results
+
+def frame_energies(read_s, systems, parts, size, sources):
+    """|s|^2, |y - s|^2 and whether both sound, of each frame -> (systems, 3, S, frames) float64.
+
+    An incomplete last frame is one of them.
+    """
+    # One array: small ones, made between large ones, would keep the large ones' memory apart.
+    found = np.zeros((len(systems), 3, sources, max(1, -(-parts[-1].stop // size))))
+    for part in parts:
+        s = in_frames(read_s(part), size)                             # (S, frames, C, size)
+        frames = slice(part.start // size, part.start // size + s.shape[1])
+        for k, read_y in enumerate(systems):
+            y = in_frames(read_y(part), size)
+            error = y - s
+            found[k, 0, :, frames] = s.square().sum((2, 3))
+            found[k, 1, :, frames] = error.square().sum((2, 3))
+            found[k, 2, :, frames] = sounds(s) & sounds(y)
+    return found
 
 def in_frames(x, size):
     """(S, C, n) -> (S, frames, C, size) float64; zeros fill up the last frame."""
     frames = max(1, -(-x.shape[-1] // size))
     x = F.pad(x.double(), (0, frames * size - x.shape[-1]))
     return x.unflatten(-1, (frames, size)).transpose(1, 2)
-
-def energy(x):
-    return x.square().sum((2, 3))
 
 def sounds(x):
     """In which frames of (S, frames, C, size) the channels don't sum to 0 at each sample."""
@@ -209,13 +214,12 @@ def add_projections(scores, pieces, groups, counted, size):
 
     # The filters, of whole songs.
     r = correlations(pieces())
-    r = r.unflatten(1, (sources, -1)).unflatten(0, (2, sources, -1))  # (2, S, C, S, C, ...)
-    r_ss, r_ys = r
+    r_ss, r_ys = r.unflatten(1, (sources, -1)).unflatten(0, (2, sources, -1))     # (S, C, S, C, k)
 
     def filters(estimates, references):
-        r = [r[sources][:, :, references].flatten(2, 3).flatten(0, 1)
-             for r, sources in ((r_ss, references), (r_ys, estimates))]
-        return projection_filters(*r, n_fft)
+        ss = r_ss[references][:, :, references].flatten(2, 3).flatten(0, 1)
+        ys = r_ys[estimates][:, :, references].flatten(2, 3).flatten(0, 1)
+        return projection_filters(ss, ys, n_fft)
 
     C_own = torch.stack([filters([j], [j]) for j in range(sources)])  # (S, bins, C, C)
     C_all = []
@@ -235,8 +239,8 @@ def add_projections(scores, pieces, groups, counted, size):
                     for X in (signal, error)]
         return mss.decibels(*energies)
 
-    songs_frames = (pair for s, y in pieces() for pair in zip(s.split(size, -1), y.split(size, -1)))
-    for t, (s_t, y_t) in zip(range(frames), songs_frames):
+    pairs = (pair for s, y in pieces() for pair in zip(s.split(size, -1), y.split(size, -1)))
+    for t, (s_t, y_t) in zip(range(frames), pairs):                   # (S, C, size)
         if not counted[:, t].any():
             continue
         S = torch.fft.rfft(s_t.double(), n_fft)                       # (S, C, bins)
@@ -363,9 +367,10 @@ def estimate_files(folder, subset, name):
     places = [Path(folder, name), Path(folder, subset, name)]
     files = {}
     for place in places:
-        for path in sorted(place.glob("*")):                          # the last one wins: wav
-            if path.stem in TARGETS and path.suffix.lower() in mss.AUDIO:
-                files[path.stem] = path
+        # The last one wins.
+        for path in sorted(place.glob("*"), key=lambda path: (path.suffix.lower() == ".wav", path)):
+            if path.stem.lower() in TARGETS and path.suffix.lower() in mss.AUDIO:
+                files[path.stem.lower()] = path
     if not files:
         raise mss.UserError(f"{places[1]}: some of {', '.join(TARGETS)}.wav expected, found none")
     return files
@@ -958,8 +963,8 @@ def title_of(args, model, device, tracks):
     songs = f"excerpts of {args.seconds:g} s" if args.chunks else "songs"
     return f"{system}; {args.subset} {songs}: {len(tracks)}"
 
-def write_figure_2(args, results):
-    """Print the shares of bins with |M| > 1, and write the figure -> its path."""
+def write_figure_2(path, results):
+    """Print the shares of bins with |M| > 1, and write the figure."""
     masks = {}
     for name in TARGETS:
         masks[name] = np.sum([result["masks"][name] for result in results], axis=0)
@@ -968,10 +973,8 @@ def write_figure_2(args, results):
     shares = ", ".join(f"{name} {above / max(bins, 1):.1%}"
                        for name, (bins, above, *_) in masks.items())
     print(f"|M| > 1 where |X| > 1e-8: {shares}")
-    path = Path(args.results, "figure2.png")
     with mss.replacing(path) as temporary:
         temporary.write_bytes(png(figure_2(masks)))
-    return path
 
 def finish(args, title, columns, results):
     """Print the tables of all tracks and write the files that are asked for -> exit code."""
@@ -980,25 +983,33 @@ def finish(args, title, columns, results):
     lines = table(rows, columns)
     print("", *map(text, lines), "", f"{SDR}; {USDR}; dB", sep="\n")
 
-    written = []
+    writers = {}                                                      # file -> what writes it
     if args.oracle and good:
-        written.append(write_figure_2(args, good))
+        figure = Path(args.results, "figure2.png")
+        writers[figure] = lambda: write_figure_2(figure, good)
     if args.csv:
-        write_csv(args.csv, rows)
-        written.append(args.csv)
+        writers[args.csv] = lambda: write_csv(args.csv, rows)
     if args.report:
         page = Path(args.report, "index.html")
-        write_report(page, title, lines, results, from_worst_to_best(rows, args.listen))
-        written.append(page)
-    for path in written:
-        print(path)
+        chosen = from_worst_to_best(rows, args.listen)
+        writers[page] = lambda: write_report(page, title, lines, results, chosen)
+    missing = False
+    for path, write in writers.items():
+        try:
+            write()
+            print(path)
+        except () if args.debug else OSError as error:
+            missing = True
+            print(f"evaluate.py: error: {path}: not written: {mss.one_line(error)}",
+                  file=sys.stderr)
 
     failed = [f"{result['track']} ({result['error']})" for result in results if result not in good]
-    if not failed:
-        return 0
-    print(f"evaluate.py: {len(failed)} of {len(results)} tracks failed: {', '.join(failed)}",
-          file=sys.stderr)
-    return 1 if good else 2
+    if failed:
+        print(f"evaluate.py: {len(failed)} of {len(results)} tracks failed: {', '.join(failed)}",
+              file=sys.stderr)
+    if not good:
+        return 2
+    return 1 if failed or missing else 0
 
 def main(argv=None):
     args = parse(argv)
