@@ -849,12 +849,13 @@ def work(args, model, tracks, columns, store):
         for target in dict.fromkeys(row["target"] for row in rows):
             print(text(line(result["track"], rows, target, columns)), flush=True)
         store.set(f"track {i}", json.dumps(result))
-        if sys.stderr.isatty():
-            print(f"{store.add('done', 1)} of {len(tracks)} tracks", end="\033[K\r",
+        if mss.on_terminal(sys.stderr):
+            print(f"{store.add('done', 1)} of {len(tracks)} tracks", end=mss.CLEAR,
                   file=sys.stderr, flush=True)
 
 def worker(_, args, tracks, columns, port):
     """What a process of --workers does."""
+    mss.make_streams_safe()
     mss.keep_memory()
     model = mss.load_models(args.model, mss.pick_device(args.device)) if args.model else None
     store = torch.distributed.TCPStore("127.0.0.1", port)

@@ -567,12 +567,40 @@ def replacing(path):
     """Yield a temporary name that becomes `path` if all goes well: nobody ever sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    # Of a long name the end, with its suffix: it must not become longer.
+    temporary = path.with_name(f"{partial_prefix()}{path.name[-50:]}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+def partial_prefix():
+    """How the names of this process's unfinished files and folders begin."""
+    return f".partial-{os.getpid()}-"
+
+def is_running(pid):
+    """Whether a process is, or may be; on Windows open files can't be removed anyway."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(pid, 0)                                               # sends nothing
+    except (OSError, OverflowError) as error:
+        return not isinstance(error, ProcessLookupError)              # another user's, say
+    return True
+
+def remove_partials(folder):
+    """Remove from a folder what processes of this machine left there that were killed.
+
+    To be called before this process writes: what has its number was left by an earlier one.
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    for name in names:
+        pid = re.match(r"\.partial-(\d+)-", name)
+        if pid and (int(pid[1]) == os.getpid() or not is_running(int(pid[1]))):
+            path = Path(folder, name)
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 def save_checkpoint(path, config, model, **state):
     """Write config, weights, and what else a run needs (plain dicts, numbers, tensors) to a file.
@@ -613,9 +641,11 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(content.pop("model"), assign=True)
     except Exception as error:
         # There are a dozen ways for a truncated, foreign or unsafe file to fail here.
+        downloaded = Path(path).parent == download_folder()
+        advice = "; delete it, and -m paper downloads it anew" if downloaded else ""
         raise UserError(f"{path}: a checkpoint of this program or a published resunet143_ismir2021 "
                         f"file expected, found a damaged or foreign file ({type(error).__name__}; "
-                        "--debug tells more)") from error
+                        f"--debug tells more){advice}") from error
 
     model = model.to(device, torch.float32, memory_format=torch.channels_last)
     return config, model.eval(), content
@@ -674,6 +704,9 @@ PUBLISHED = {   # name -> target, SDR (dB on MUSDB18 test, as the file's name sa
 URL = ("https://zenodo.org/records/5513378/files/"
        "resunet143_ismir2021_{target}_{sdr}dB_350k_steps.pth?download=1")
 
+def download_folder():
+    return Path(torch.hub.get_dir(), "checkpoints")
+
 def checkpoint_path(name):
     """A name or a path -> the file. What has to be downloaded is kept in torch.hub's cache.
 
@@ -687,13 +720,13 @@ def checkpoint_path(name):
     target, sdr, sha256 = PUBLISHED[name]
     url = URL.format(target=target, sdr=sdr)
     file_name = url.rsplit("/", 1)[1].removesuffix("?download=1")
-    path = Path(torch.hub.get_dir(), "checkpoints", file_name)
+    path = download_folder() / file_name
     if path.exists():
         return path
 
     print(f"downloading {url} (461 MB) to {path}", file=sys.stderr)
     socket.setdefaulttimeout(60)                                      # s without a single byte
-    progress = sys.stderr.isatty()
+    progress = on_terminal(sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256, progress=progress)
@@ -876,7 +909,7 @@ def decoded(song, place):
 
 def musdb_root(root):
     """The dataset's folder: `root`, or its parent where that is meant. UserError without one."""
-    root = Path(root).expanduser().resolve()
+    root = Path(os.path.realpath(os.path.expanduser(root)))
     if not root.is_dir():
         raise UserError(f"{root}: a folder that holds train/ and test/ expected, found no folder")
     subsets = ("train", "valid", "test")
@@ -1185,9 +1218,15 @@ class Segments(torch.utils.data.Dataset):
 # Audio files, resampling, and what the commands share. Arrays are (L, C) only inside read_samples
 # and write_blocks; everywhere else audio is (C, L).
 
-AUDIO = {               # of files in folders
-    ".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".caf", ".m4a", ".aac", ".mp4",
-    ".mov", ".mkv", ".webm", ".wma"}
+# Endings of the files that are read where a folder is searched: by soundfile, and by ffmpeg.
+AUDIO = {"." + ending for ending in (
+    "wav wave bwf rf64 w64 flac ogg oga opus spx mp3 mp2 mp1 mpga aif aiff aifc au snd caf voc svx "
+    "8svx iff sf ircam paf pvf avr nist sph wve "
+    "m4a m4b m4r m4v mp4 aac adts alac mka mkv weba webm mov qt wv ape tta tak mpc wma wmv asf avi "
+    "flv mpg mpeg vob m2ts ogv 3gp 3ga 3g2 amr awb ac3 eac3 dts ra rm dsf dff shn gsm").split()}
+# Endings of music and sound that neither of them reads.
+OTHER_AUDIO = {"." + ending for ending in (
+    "mid midi kar rmi xm s3m m4p aa aax aaxc ofr ofs la raw pcm sd2 vox band aup aup3").split()}
 
 def run_ffmpeg(path, *output, options=(), why=""):
     """Run `ffmpeg *options -i path *output`. UserError where the program is missing or fails.
@@ -1203,18 +1242,23 @@ def run_ffmpeg(path, *output, options=(), why=""):
     command = [program, "-nostdin", "-v", "error", "-y", *options, "-i", f"file:{path}", *output]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        reason = one_line(done.stderr or f"exit code {done.returncode}")
+    whole = all(word.is_file() for word in output if isinstance(word, Path))
+    if done.returncode or not whole:
+        reason = one_line(done.stderr or f"no output, exit code {done.returncode}")
         raise UserError(f"{path}: readable neither by soundfile nor by ffmpeg: {reason}")
     if done.stderr:                                                   # such as of a truncated file
         print(f"notice: {path}: ffmpeg: {one_line(done.stderr)}", file=sys.stderr)
+
+def encoded(path):
+    """A path as soundfile takes it: in bytes where they aren't the file system's encoding."""
+    return os.fsencode(path) if re.search("[\udc80-\udcff]", str(path)) else path
 
 class AudioFile(soundfile.SoundFile):
     """An open audio file. `frames` is what its header says, or what read_to_end found instead."""
     frames = 0                                                        # samples
 
     def __init__(self, path):
-        super().__init__(path)
+        super().__init__(encoded(path))
         self.path = path                                              # what errors speak of
         self.frames = super().frames
 
@@ -1442,7 +1486,7 @@ def write_blocks(path, rate, channels, frames=0, subtype=None):
                 file.write(piece.T.numpy())
 
         try:
-            with soundfile.SoundFile(temporary, "w", rate, channels, **options) as file:
+            with soundfile.SoundFile(encoded(temporary), "w", rate, channels, **options) as file:
                 yield write
 
             # What encoders still hold when a file is closed gets lost on a full disk, silently.
@@ -1535,12 +1579,29 @@ def resample(audio, rate_in, rate_out):
 
 # ---- What the scripts share ---------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """It complains in one line, also of empty arguments, which would be taken for absent ones."""
+
+    def parse_args(self, words=None):
+        words = list(sys.argv[1:] if words is None else words)
+        for i, word in enumerate(words):
+            if re.fullmatch("(-[^=]*=)?", word):
+                place = f"after {words[i - 1]}" if i and not word else word or "at the beginning"
+                self.error(f"an empty argument {place}: an unset variable?")
+            # Shells expand ~ at the beginning of a word only.
+            flag, value = re.fullmatch("(--[^=]*=|-[a-z])?(.*)", word, re.DOTALL).groups()
+            if flag and value.startswith("~"):
+                words[i] = flag + os.path.expanduser(value)
+        return super().parse_args(words)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
 def parser(description):
-    """An argparse parser with the flags that all scripts share. It complains in one line."""
-    parser = argparse.ArgumentParser(
+    """A parser with the flags that all scripts share."""
+    parser = Parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     parser.add_argument("-d", "--device", default="auto",
                         help="auto, cpu, cuda, cuda:1, mps; auto: cuda if there is")
     parser.add_argument("--bf16", action="store_true", help="run the backbone in bfloat16")
@@ -1550,20 +1611,46 @@ def parser(description):
 def pick_device(name):
     """The torch device of --device; under torchrun a GPU for each process. UserError without."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        rank = int(os.environ.get("LOCAL_RANK", 0))
+        rank = launcher_number("LOCAL_RANK", 0)
         name = f"cuda:{rank % torch.cuda.device_count()}"
     try:
         device = torch.device("cpu" if name == "auto" else name)
         torch.empty(1, device=device).cpu()
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:
+        # Each kind of device that this build of torch lacks has an error of its own.
         raise UserError(f"--device {name}: no such device here: {one_line(error)}") from None
+
+def launcher_number(name, default):
+    """The number that torchrun, or a launcher like it, has put into an environment variable."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+def check_launcher():
+    """Raise UserError where only a part of what torchrun sets is set, or makes no sense."""
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    numbers = all(launcher_number(name, -1) >= 0 for name in names if name != "MASTER_ADDR")
+    rank, world = launcher_number("RANK", 0), launcher_number("WORLD_SIZE", 1)
+    if not numbers or not os.environ.get("MASTER_ADDR") or rank >= world:
+        found = ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in names)
+        raise UserError(f"what torchrun sets, or no RANK and no TORCHELASTIC_RUN_ID, expected in "
+                        f"the environment, found {found}")
+
+@contextlib.contextmanager
+def meeting():
+    """Where processes look for each other, torch's errors become a UserError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"torchrun's processes don't meet: {one_line(error)}") from error
 
 def shared_store():
     """(what torchrun's processes share, this one's rank); without torchrun a store of its own."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return torch.distributed.HashStore(), 0
-    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    check_launcher()
+    with meeting():
+        store, rank, _ = next(torch.distributed.rendezvous("env://"))
     return store, rank
 
 def wait_for(store, keys):
@@ -1599,6 +1686,57 @@ def keep_memory():
         libc.mallopt(-4, 0)                                           # M_MMAP_MAX: map nothing
         libc.mallopt(-1, -1)                                          # M_TRIM_THRESHOLD: never trim
 
+# What a terminal would obey rather than show, Unicode's changes of direction included.
+CONTROL = re.compile(r"(?<=.)\r|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+CLEAR = "\033[K\r"      # ends a line of progress: to the terminal, clear the rest; go back
+
+class Reports:
+    """A stream that only reports: whatever happens to it, the work goes on.
+
+    Control characters, as in a file's name, and what its encoding lacks are written as \\x1b. What
+    can't be written, as on a full disk or into a closed pipe, is lost; `error` then says why.
+    """
+
+    def __init__(self, stream):
+        # Programs without a console have none.
+        self.stream = open(os.devnull, "w") if stream is None else stream
+        self.error = None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        if text != CLEAR:
+            text = CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self.attempt("write", text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self):
+        self.attempt("flush")
+
+    def attempt(self, method, *arguments):
+        try:
+            getattr(self.stream, method)(*arguments)
+        except Exception as error:
+            self.error = error
+
+def make_streams_safe():
+    """Where a process starts: let nothing that happens to stdout or stderr end its work."""
+    # A file that got the number of a closed stream would get what libraries print there.
+    number = 0
+    while number <= 2:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+
+    os.environ["PYTHON_COLORS"] = "0"                                 # their codes would be escaped
+    sys.stdout = Reports(sys.stdout)
+    sys.stderr = Reports(sys.stderr)
+
+def on_terminal(stream):
+    """Whether a stream is a terminal; neither None nor a program's text field is."""
+    isatty = getattr(stream, "isatty", None)
+    return isatty is not None and isatty()
+
 def unwind_on_signals():
     """Let signals that end a process raise SystemExit, so that no temporary file stays."""
     def handler(number, frame):
@@ -1611,8 +1749,10 @@ def unwind_on_signals():
 
 def run(main):
     """Run a script: exit with main's code; what the user can mend is one line, and code 2."""
+    make_streams_safe()
     keep_memory()
     unwind_on_signals()
+    stdout = sys.stdout
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -1622,5 +1762,11 @@ def run(main):
             raise
         # From a loader's worker an error comes with its traceback.
         message = str(error).strip().split("mss.UserError: ")[-1] or type(error).__name__
+        message = " ".join(message.splitlines())
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        stdout.flush()
+        # Who closed a pipe, such as head, wants no more.
+        if isinstance(stdout.error, OSError) and not isinstance(stdout.error, BrokenPipeError):
+            print(f"notice: not all of stdout was written: {stdout.error}", file=sys.stderr)

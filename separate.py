@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -95,7 +96,8 @@ def write_rescaled(paths, stems, rate, channels, frames, subtype):
     First to floats, for the last sample may be the peak.
     """
     with contextlib.ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix=".partial-", dir=paths[0].parent)
+        temporary = tempfile.TemporaryDirectory(
+            prefix=mss.partial_prefix(), dir=paths[0].parent)
         folder = stack.enter_context(temporary)
         floats = [Path(folder, f"{i}.wav") for i in range(len(paths))]
         done, peak = write_stems(floats, stems, rate, channels, frames, "FLOAT")
@@ -150,54 +152,128 @@ def separate_file(model, path, folder, options=Options(), progress=lambda share:
 
 # ---- Many songs ---------------------------------------------------------------------------------
 
+STEMS = {name for source in mss.SOURCES for name in (source, mss.complement(source))}
+
+def is_stem(path, out):
+    """Whether an earlier run wrote a file, as far as its name and its place tell.
+
+    It is named as a stem, and lies in a folder below `out`, or beside the stems that it sums to a
+    song with.
+    """
+    def are_beside(*names):
+        return all(path.with_name(name + path.suffix).is_file() for name in names)
+
+    if path.stem not in STEMS:
+        return False
+    target = path.stem.removeprefix("no_")
+    below = Path(os.path.realpath(out)) in Path(os.path.realpath(path)).parents[1:]
+    return below or are_beside(target, mss.complement(target)) or are_beside(*mss.SOURCES)
+
+def line(text):
+    """Anything as one line: names can hold newlines."""
+    return " ".join(str(text).splitlines())
+
+def tell(what, paths):
+    """Say on stderr how many paths are so, and name some; nothing where there is none."""
+    if paths:
+        names = ", ".join(map(line, sorted(paths)[:5])) + (", ..." if len(paths) > 5 else "")
+        print(f"notice: {len(paths)} {what}: {names}", file=sys.stderr)
+
 def audio_files(folder, out):
-    """The audio files at any depth of a folder, but for hidden ones and stems in `out`."""
-    inside = folder.resolve() in out.resolve().parents
-    files = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
-        if path.suffix.lower() not in mss.AUDIO or hidden or not path.is_file():
-            continue
-        if not inside or out.resolve() not in path.resolve().parents:
-            files.append(path)
-    return files
+    """The audio files at any depth of a folder, but for hidden ones and stems of earlier runs.
+
+    What else is left out is named on stderr.
+    """
+    def visible(place, names):
+        return [Path(place, name) for name in names if not name.startswith((".", "__MACOSX"))]
+
+    songs, stems, links, others, closed = [], [], [], [], []
+    for place, folders, names in os.walk(folder, onerror=closed.append):
+        inside = [path for path in visible(place, folders)
+                  if os.path.realpath(path) != os.path.realpath(out)]
+        links += [path for path in inside if path.is_symlink()]
+        folders[:] = [path.name for path in inside if not path.is_symlink()]
+
+        for path in visible(place, names):
+            ending = path.suffix.lower()
+            if ending in mss.AUDIO and os.path.isfile(path):
+                (stems if is_stem(path, out) else songs).append(path)
+            elif ending in mss.AUDIO | mss.OTHER_AUDIO:
+                others.append(path)
+
+    tell("stems of an earlier run left out", stems)
+    tell("linked folders not searched", links)
+    tell("folders can't be read", [error.filename for error in closed])
+    tell("files look like audio but can't be read", others)
+    return sorted(songs)
 
 def find_songs(inputs, out):
-    """Files, and folders searched through -> [(audio file, folder for its stems)].
+    """Files, and folders searched through -> {audio file: how many folders to name it by}.
 
-    Each file comes once, and no folder twice.
+    Those are the folders between a folder searched through and the file. Each file comes once.
     """
-    found = {}                                                        # by the file, resolved
+    found, known = {}, set()
     for given in inputs:
         # A folder without any song, as it is, will be one of the failures.
-        for path in audio_files(given, out) or [given]:
-            name = path.stem.rstrip(". ") or path.name
-            folder = out / path.relative_to(given).parent / name
-            found.setdefault(path.resolve(), (path, folder))
+        searched = audio_files(given, out) if os.path.isdir(given) else []
+        for path in searched or [given]:
+            real = os.path.realpath(path)
+            if real not in known:
+                known.add(real)
+                found[path] = len(path.relative_to(given).parent.parts)
+    return found
+
+def shortened(name, ending=""):
+    """A name with an ending, cut to what file systems take: 255 bytes in all."""
+    while len(os.fsencode(name + ending)) > 255:
+        name = name[:-1]
+    return name + ending
+
+def name_folders(found, out):
+    """What find_songs gives -> [(audio file, folder for its stems)], no folder twice."""
+    depths = dict(found)
+    above = {path: Path(os.path.abspath(path)).parent.parts[1:] for path in found}
+
+    def folder_of(path, ending=""):
+        name = path.stem.rstrip(". ") or path.name
+        folders = above[path][len(above[path]) - depths[path]:]
+        return Path(out, *folders, shortened(name, ending))
 
     def key(folder):
         return str(folder).casefold()                                 # some disks ignore case
 
-    count = collections.Counter(key(folder) for _, folder in found.values())
+    # Where songs of several folders meet, as */mixture.wav do, one folder more is named.
+    deeper = found
+    while deeper:
+        groups = collections.defaultdict(list)
+        for path in found:
+            groups[key(folder_of(path))].append(path)
+        meeting = [group for group in groups.values() if len({above[path] for path in group}) > 1]
+        deeper = [path for group in meeting for path in group if depths[path] < len(above[path])]
+        for path in deeper:
+            depths[path] += 1
+
     songs = {}
-    for path, folder in found.values():
-        if count[key(folder)] > 1:                                    # song.mp3 and song.wav
-            folder = folder.with_name(f"{folder.name} ({path.suffix[1:]})")
-        while key(folder) in songs:                                   # song.mp3 of two folders
-            folder = folder.with_name(folder.name + "+")
+    for path in found:
+        folder = folder_of(path)
+        ending = ""
+        if len(groups[key(folder)]) > 1:                              # song.mp3 and song.wav
+            ending = f" ({path.suffix[1:20]})"
+            folder = folder_of(path, ending)
+        number = itertools.count(2)
+        while key(folder) in songs:
+            folder = folder_of(path, f"{ending} {next(number)}")
         songs[key(folder)] = path, folder
     return list(songs.values())
 
-def check_outputs(songs, options, model):
-    """Raise UserError where a stem would be written over a song."""
-    outputs = {Path(folder, f"{stem}.{options.ext}").resolve()
-               for _, folder in songs for stem in options.stems(model)}
-    over = [str(path) for path, _ in songs if path.resolve() in outputs]
-    if over:
-        raise mss.UserError(f"{', '.join(over)}: stems would be written over it; choose another "
-                            "--out")
-
 # ---- The command --------------------------------------------------------------------------------
+
+def clean(out, folders):
+    """Remove what killed processes left in the songs' folders, and one level below `out`."""
+    with contextlib.suppress(OSError):
+        folders = {*folders, *(Path(out, name) for name in os.listdir(out))}
+    for folder in folders:
+        mss.remove_partials(folder)
 
 def list_models():
     for name, (target, sdr, _) in mss.PUBLISHED.items():
@@ -215,6 +291,8 @@ def build_parser():
         help="default, paper, paper-accompaniment or FILE")
     add("--list-models", action="store_true", help="print the models that have names")
     add("-o", "--out", default="separated", type=Path, help="output folder (default: %(default)s)")
+    add("--skip-existing", action="store_true",
+        help="leave out songs whose stems are there, and no older than the song")
 
     add("--ext", choices=("wav", "flac", "mp3", "ogg"), default="wav",
         help="default: wav, in float32")
@@ -271,6 +349,11 @@ def parse(argv):
         overlap=round(args.overlap * 44100), batch_size=args.batch_size, bf16=args.bf16)
     return args
 
+def are_newer(outputs, path):
+    """Whether all outputs are there, and none older than the file at `path`."""
+    return all(output.is_file() and output.stat().st_mtime >= path.stat().st_mtime
+               for output in outputs)
+
 class Progress:
     """A line on a terminal: the share of the song that is done, and the time that is left."""
 
@@ -279,40 +362,47 @@ class Progress:
         self.started = time.time()
 
     def __call__(self, share):
-        if sys.stderr.isatty() and share:
+        if mss.on_terminal(sys.stderr) and share:
             left = (time.time() - self.started) * (1 / share - 1)
             told = f"{self.title}: {share:4.0%}, {left:.0f} s left" if share < 1 else ""
-            print(told, end="\033[K\r", file=sys.stderr, flush=True)
+            print(told, end=mss.CLEAR, file=sys.stderr, flush=True)
 
-def separate_song(args, model, path, folder, title):
-    """Separate one song as the command says and report it -> whether that went well."""
+def separate_song(args, model, path, folder, title, inputs):
+    """Separate one of the `inputs` and report it -> "done", "skipped" or "failed"."""
     options = args.options
-    progress = Progress(title + path.name)
-    caught = () if args.debug else (mss.UserError, OSError, UnicodeError, MemoryError)
+    progress = Progress(line(title + path.name))
     try:
+        outputs = [Path(folder, f"{stem}.{options.ext}") for stem in options.stems(model)]
+        over = inputs & set(map(os.path.realpath, outputs))
+        if over:
+            raise mss.UserError(f"{path}: its stems would be written over {', '.join(over)}; "
+                                "choose another --out")
+        if args.skip_existing and are_newer(outputs, path):
+            return "skipped"
         paths, length, peak, gain = separate_file(model, path, folder, options, progress)
-    except caught as error:
+    except () if args.debug else Exception as error:
+        # Nothing that is wrong about a song may end the others.
         place = "" if str(path) in str(error) else f"{path}: "
-        told = str(error) or type(error).__name__
-        print(f"separate.py: error: {place}{told}", file=sys.stderr)
-        return False
+        told = line(f"{place}{str(error) or type(error).__name__}")
+        print(f"separate.py: error: {told}", file=sys.stderr)
+        return "failed"
 
     clips = options.clip_mode == "clamp" or options.ext != "wav" or options.subtype
     if gain < 1:
         decibels = 20 * math.log10(gain)
-        print(f"{path}: all stems x {gain:.4f} ({decibels:.2f} dB): the highest peak was "
+        print(f"{line(path)}: all stems x {gain:.4f} ({decibels:.2f} dB): the highest peak was "
               f"{peak:.3f}")
     elif peak > 1 and clips:
-        print(f"notice: {path}: its peak, {peak:.3f}, clips above 1; --clip-mode rescale avoids it",
-              file=sys.stderr)
+        print(f"notice: {line(path)}: its peak, {peak:.3f}, clips above 1; --clip-mode rescale "
+              "avoids it", file=sys.stderr)
 
     seconds = time.time() - progress.started
     factor = f"{seconds / length:.3f}" if length else "n/a"
     device = next(model.parameters()).device
     told = (f"{title}{path}: {length:.1f} s, {'+'.join(args.model)} on {device}, real-time factor "
             f"{factor}, {mss.peak_memory(device):.2f} GiB at the peak")
-    print(*paths, told, sep="\n", flush=True)
-    return True
+    print(*map(line, [*paths, told]), sep="\n", flush=True)
+    return "done"
 
 def main(argv=None):
     args = parse(argv)
@@ -324,27 +414,30 @@ def main(argv=None):
     store, rank = mss.shared_store()
     if rank == 0:
         mss.introduce_default(args.model)
-        found = find_songs(args.inputs, args.out)
+        found = name_folders(find_songs(args.inputs, args.out), args.out)
+        clean(args.out, [folder for _, folder in found])
     else:
         mss.wait_for(store, ["songs"])
     model = mss.load_models(args.model, mss.pick_device(args.device))
     if rank == 0:
-        check_outputs(found, args.options, model)
         store.set("songs", json.dumps([[str(path) for path in song] for song in found]))
     songs = [[Path(path) for path in song] for song in json.loads(store.get("songs"))]
 
+    inputs = {os.path.realpath(path) for path, _ in songs}
     for i in mss.turns(store, len(songs)):
         title = f"[{i + 1}/{len(songs)}] " if len(songs) > 1 else ""
-        store.set(f"song {i}", str(separate_song(args, model, *songs[i], title)))
+        store.set(f"song {i}", separate_song(args, model, *songs[i], title, inputs))
     if rank > 0:
         return 0
 
     # Process 0 speaks for all.
     mss.wait_for(store, [f"song {i}" for i in range(len(songs))])
-    failed = [str(path) for i, (path, _) in enumerate(songs) if store.get(f"song {i}") != b"True"]
+    ends = {path: store.get(f"song {i}").decode() for i, (path, _) in enumerate(songs)}
+    tell("songs skipped, whose stems are there", [path for path in ends if ends[path] == "skipped"])
+    failed = [str(path) for path in ends if ends[path] == "failed"]
     if failed and len(songs) > 1:
-        print(f"separate.py: {len(failed)} of {len(songs)} songs failed: {', '.join(failed)}",
-              file=sys.stderr)
+        names = line(", ".join(failed))
+        print(f"separate.py: {len(failed)} of {len(songs)} songs failed: {names}", file=sys.stderr)
     if not failed:
         return 0
     return 2 if len(failed) == len(songs) else 1

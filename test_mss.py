@@ -1080,6 +1080,12 @@ def test_without_a_network_it_is_said_how_to_get_published_weights(zenodo, song)
 
     is_not_downloaded(zenodo, song, "refused")
 
+def test_published_weights_that_are_damaged_are_to_be_deleted(zenodo, song):
+    zenodo.cached.parent.mkdir(parents=True)
+    zenodo.cached.write_bytes(zenodo.content[:9000])
+
+    fails(separate.main, song, "-m", "paper", saying=(str(zenodo.cached), "delete it"))
+
 def test_published_weights_are_downloaded_once(zenodo, song):
     zenodo.sent.write_bytes(zenodo.content)
     command = song, "-m", "paper", "-o", song.parent
@@ -2199,6 +2205,115 @@ def test_tones_that_the_lower_rate_cannot_hold_vanish(frequency):
     y = resampled_tone(frequency, 48000, 44100)
 
     assert power(y) < -100
+
+# ---- What the scripts share ---------------------------------------------------------------------
+
+class Broken(io.StringIO):
+    """A stream that can't be written."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+@pytest.mark.parametrize("stream", [
+    None, types.SimpleNamespace(write=len), Broken(OSError(28, "No space left")),
+    Broken(BrokenPipeError())], ids=["no console", "a text field", "full", "closed"])
+def test_whatever_stdout_and_stderr_are_the_work_is_done(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(mss, "unwind_on_signals", lambda: None)
+    done = []
+
+    def main():
+        print("begun", flush=True)
+        print("begun", file=sys.stderr, flush=True)
+        done.append(mss.on_terminal(sys.stderr))
+        return 0
+
+    with pytest.raises(SystemExit) as stop:
+        mss.run(main)
+
+    assert (stop.value.code, done) == (0, [False])
+
+def test_a_full_disk_under_stdout_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken(OSError(28, "No space left")))
+    monkeypatch.setattr(mss, "unwind_on_signals", lambda: None)
+    err = io.StringIO()
+
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit):
+        mss.run(lambda: print("told"))
+
+    assert "not all of stdout" in err.getvalue() and "No space left" in err.getvalue()
+
+def test_what_an_encoding_lacks_is_escaped():
+    raw = io.BytesIO()
+    stream = mss.Reports(io.TextIOWrapper(raw, "cp1252"))
+
+    print("é 日 \udce9", file=stream, flush=True)
+
+    assert raw.getvalue().decode("cp1252").split() == ["é", r"\u65e5", r"\udce9"]
+
+def test_what_a_terminal_would_obey_is_escaped_but_for_a_line_of_progress():
+    text = io.StringIO()
+
+    print("50 %", end=mss.CLEAR, file=mss.Reports(text))
+    print("a\x1b[2Jb\rc\td", file=mss.Reports(text))
+
+    assert text.getvalue() == "50 %" + mss.CLEAR + "a\\x1b[2Jb\\rc\td\n"
+
+@pytest.mark.parametrize("words", [[""], ["-d", ""], ["--device", ""], ["--device="], ["-d="]])
+def test_empty_arguments_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        mss.parser("").parse_args(words)
+
+    assert stop.value.code == 2 and "empty argument" in capsys.readouterr().err
+
+@pytest.mark.parametrize("words", [["--device=~/x"], ["-d~/x"]])
+def test_a_home_that_the_shell_left_is_found(words, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+
+    args = mss.parser("").parse_args(words)
+
+    assert args.device == "/home/me/x"
+
+@pytest.mark.parametrize("name", ["hpu", "meta", "privateuseone", "cuda:999", "nonsense", " "])
+def test_a_device_that_is_not_here_is_refused(name):
+    with pytest.raises(mss.UserError, match="no such device here"):
+        mss.pick_device(name)
+
+@pytest.mark.parametrize("variables", [
+    {"RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "", "WORLD_SIZE": "2"},
+    {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+    {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "one"},
+])
+def test_a_part_of_a_launchers_environment_is_refused(variables, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**variables, "TORCHELASTIC_RUN_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(mss.UserError, match="torchrun"):
+        mss.shared_store()
+
+def test_an_ffmpeg_that_leaves_no_file_is_named(tmp_path, monkeypatch):
+    (tmp_path / "song.m4a").write_bytes(b"song")
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=0, stderr=""))
+
+    with pytest.raises(mss.UserError, match="no output"):
+        mss.read_audio(tmp_path / "song.m4a")
+
+def test_a_dataset_that_is_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+
+    with pytest.raises(mss.UserError, match="found no folder"):
+        mss.musdb_root(tmp_path / "loop")
 
 # ---- Training: what the tests share -------------------------------------------------------------
 
@@ -3528,6 +3643,34 @@ def test_the_songs_beside_a_bad_one_are_separated(checkpoint, tmp_path):
     assert code == 1 and "bad.wav" in err
     check_stems(tmp_path / "out" / "good", good)
 
+def test_an_empty_argument_is_refused(checkpoint, song):
+    fails(separate.main, song, "", "-m", checkpoint, saying=("empty", "song.wav"))
+
+def test_a_song_in_a_name_that_is_not_utf_8_is_separated(checkpoint, tmp_path):
+    mss.write_audio(tmp_path / "song.wav", noise(2, 1000), RATE)
+    song = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    try:
+        os.rename(tmp_path / "song.wav", song)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+
+    folder, stdout = separate_song(checkpoint, song)
+
+    mixture, _ = mss.read_audio(song)
+    assert torch.allclose(sum(stems(folder)), mixture, rtol=0, atol=1e-6)
+    assert "caf\\udce9" in stdout
+
+def test_control_characters_of_a_name_are_not_printed(checkpoint, tmp_path):
+    song = tmp_path / "a\x1b[2J\a\rb\n\x9b\u202ec.wav"
+    mss.write_audio(song, noise(2, 1000), RATE)
+
+    _, stdout = separate_song(checkpoint, song)
+
+    lines = stdout.split("\n")
+    assert len(lines) == 4 and not lines[-1]
+    assert all(line.isprintable() for line in lines)
+    assert "a\\x1b[2J\\x07" in stdout
+
 def test_stems_are_not_written_over_a_song(checkpoint, tmp_path):
     song = tmp_path / "vocals" / "vocals.wav"
     mss.write_audio(song, noise(2, 100), RATE)
@@ -3536,6 +3679,18 @@ def test_stems_are_not_written_over_a_song(checkpoint, tmp_path):
     fails(separate.main, song, "-m", checkpoint, "-o", tmp_path, saying=("written over",))
 
     assert song.read_bytes() == before
+
+def test_a_song_that_would_be_written_over_another_does_not_keep_the_others_back(
+        checkpoint, tmp_path):
+    """The stems of a.wav would be written over the second song."""
+    songs = tmp_path / "a.wav", tmp_path / "a" / "vocals.wav"
+    for song in songs:
+        mss.write_audio(song, noise(2, 1000), RATE)
+
+    code, _, err = call(separate.main, *songs, "-m", checkpoint, "-o", tmp_path)
+
+    assert code == 1 and "written over" in err and "1 of 2 songs failed" in err
+    check_stems(tmp_path / "vocals", songs[1])
 
 # ---- separate.py: formats and levels ------------------------------------------------------------
 
@@ -3744,7 +3899,138 @@ def test_songs_of_one_name_get_folders_of_their_own(music, checkpoint):
     code, _, _ = call(separate.main, "a.wav", "cd 1/a.wav", "-m", checkpoint, "-o", "out")
 
     assert code == 0
-    assert names_in(Path("out")) == {"a (wav)", "a (wav)+"}
+    folders = {str(path.parent) for path in Path("out").rglob("vocals.wav")}
+    assert folders == {"out/music/a", "out/cd 1/a"}
+
+def test_songs_that_meet_nowhere_else_get_numbers():
+    found = dict.fromkeys(map(Path, ("x/a.b.wav", "x/a.b.WAV", "x/a.wav")), 0)
+
+    songs = separate.name_folders(found, Path("out"))
+
+    assert [folder.name for _, folder in songs] == ["a.b (wav)", "a.b (WAV) 2", "a"]
+
+def test_names_are_cut_to_what_file_systems_take():
+    found = {Path("é" * 125 + ending): 0 for ending in (".wav", ".mp3")}
+
+    songs = separate.name_folders(found, Path("out"))
+
+    names = [folder.name for _, folder in songs]
+    assert names == ["é" * 124 + " (wav)", "é" * 124 + " (mp3)"]
+    assert max(len(os.fsencode(name)) for name in names) <= 255
+
+def test_a_long_name_is_not_too_long_while_it_is_written(tmp_path):
+    path = tmp_path / ("é" * 125 + ".wav")
+
+    mss.write_audio(path, noise(2, 10), RATE)
+
+    assert path.is_file()
+
+def test_a_second_run_beside_the_songs_separates_the_songs_alone(checkpoint, tmp_path):
+    """Stems lie below --out, in other formats, too, and of songs that are gone."""
+    for name in ("a.wav", "vocals.wav", "b/vocals.flac", "gone/no_bass.wav"):
+        mss.write_audio(tmp_path / name, noise(2, 500), RATE)
+
+    for _ in range(2):
+        code, stdout, err = call(
+            separate.main, tmp_path, "-m", checkpoint, "-o", tmp_path, "--ext", "flac")
+
+        assert code == 0 and "stems of an earlier run left out" in err
+        assert stdout.count("real-time factor") == 2
+
+@pytest.mark.parametrize("names, left", [
+    (("vocals.wav", "accompaniment.wav"), set()),
+    (("vocals.wav", "accompaniment.mp3"), {"vocals.wav", "accompaniment.mp3"}),
+    (("bass.wav", "no_bass.wav", "song.wav"), {"song.wav"}),
+    (("vocals.wav", "bass.wav", "drums.wav", "other.wav", "mixture.wav"), {"mixture.wav"}),
+    (("vocals.wav", "bass.wav"), {"vocals.wav", "bass.wav"}),
+])
+def test_stems_of_another_run_are_known_by_those_beside_them(names, left, tmp_path):
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).touch()
+
+    songs = separate.audio_files(tmp_path / "in", tmp_path / "out")
+
+    assert {path.name for path in songs} == left
+
+def test_what_a_search_leaves_out_is_named(tmp_path, capsys, monkeypatch):
+    for name in ("closed", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "loop.wav").symlink_to(tmp_path / "loop.wav")
+    for name in ("a.OGA", "b.m4b", "c.w64", "d.weba", "e.mid", "f.jpg"):
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    songs = separate.audio_files(tmp_path, tmp_path / "out")
+
+    assert [path.name for path in songs] == ["a.OGA", "b.m4b", "c.w64", "d.weba"]
+    links, folders, files = capsys.readouterr().err.splitlines()
+    assert "1 linked" in links and links.endswith("linked")
+    assert "1 folders" in folders and folders.endswith("closed")
+    assert "2 files" in files and "e.mid" in files and "loop.wav" in files
+
+def test_a_link_to_itself_is_a_failure_as_others(checkpoint, song):
+    loop = song.parent / "loop"
+    loop.symlink_to(loop)
+
+    code, _, err = call(separate.main, loop, song, "-m", checkpoint, "-o", song.parent / "out")
+
+    assert code == 1 and "1 of 2 songs failed" in err
+
+def test_a_song_that_fails_in_a_way_unheard_of_leaves_the_others(
+        checkpoint, song, tmp_path, monkeypatch):
+    mss.write_audio(tmp_path / "bad.wav", noise(2, 1000), RATE)
+    good = separate.excerpt
+
+    def excerpt(file, path, options):
+        if path.name == "bad.wav":
+            raise RuntimeError
+        return good(file, path, options)
+
+    monkeypatch.setattr(separate, "excerpt", excerpt)
+    code, _, err = call(
+        separate.main, tmp_path / "bad.wav", song, "-m", checkpoint, "-o", tmp_path / "out")
+
+    assert code == 1 and "bad.wav: RuntimeError" in err
+    check_stems(tmp_path / "out" / "song", song)
+
+def test_songs_that_are_done_are_skipped_unless_they_are_new(checkpoint, tmp_path):
+    for name in "abc":
+        mss.write_audio(tmp_path / "in" / f"{name}.wav", noise(2, 500), RATE)
+    command = (separate.main, tmp_path / "in", "-m", checkpoint, "-o", tmp_path / "out",
+               "--skip-existing")
+    call(*command)
+    (tmp_path / "out" / "b" / "accompaniment.wav").unlink()
+    os.utime(tmp_path / "in" / "c.wav", (2e9, 2e9))
+
+    code, stdout, err = call(*command)
+
+    assert code == 0
+    assert "notice: 1 songs skipped" in err and err.strip().endswith("a.wav")
+    assert re.findall(r"(\w)\.wav: 0\.0 s", stdout) == ["b", "c"]
+
+def test_what_killed_processes_left_is_removed_at_the_next_start(checkpoint, song, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    partials = [tmp_path / "out" / folder / f".partial-{pid}-{name}"
+                for folder, pid, name in (("song", dead.pid, "vocals.wav"),
+                                          ("other", os.getpid(), "vocals.wav"),
+                                          ("other", dead.pid, "x/0.wav"),
+                                          ("other", os.getppid(), "vocals.wav"))]
+    for path in partials:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    separate_song(checkpoint, song)
+
+    assert [path for path in tmp_path.rglob(".partial-*")] == [partials[-1]]
 
 def test_waiting_ends_when_another_process_is_ready():
     store = torch.distributed.HashStore()

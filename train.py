@@ -34,8 +34,8 @@ import mss
 
 # torchrun's: the number of this process, and how many there are. Some schedulers set the latter
 # without torchrun.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+RANK = mss.launcher_number("RANK", 0)
+WORLD = mss.launcher_number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 # ---- Recipes: what is trained, with what --------------------------------------------------------
 
@@ -446,7 +446,7 @@ class Log:
         skipped = f", {run.skipped} steps skipped" if run.skipped else ""
         print(f"step {run.step}/{self.args.steps}, loss {loss:.5f}, {1000 * seconds:.0f} ms/step, "
               f"data wait {wait:.0%}, {left:.0f} min left{skipped}   ",
-              end="\r" if sys.stdout.isatty() else "\n", flush=True)
+              end="\r" if mss.on_terminal(sys.stdout) else "\n", flush=True)
         self.shown = now
         if not due:
             return
@@ -711,6 +711,7 @@ def loader(segments, args, first_step):
 def prepare_worker(worker):
     """A terminal or scheduler signals workers, too: the loop needs them until its step is done."""
     torch.set_num_threads(1)
+    mss.make_streams_safe()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -779,7 +780,8 @@ def start_processes(args):
         torch.cuda.set_device(device)
     if WORLD > 1:
         # Two hours, for others may validate long songs for long.
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))
+        with mss.meeting():
+            dist.init_process_group(timeout=datetime.timedelta(hours=2))
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
     return device
@@ -874,7 +876,9 @@ def catch_signals():
         if caught[-1][1] > caught[0][1] + 2:
             sys.exit(128 + number)
         if len(caught) == 1 and RANK == 0:
-            os.write(2, b"\nstopping after this step or song; again: at once, without saving\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step or song; again: at once, "
+                         b"without saving\n")
 
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:                # SIGHUP, under nohup
@@ -1054,6 +1058,8 @@ def build(args, config, device):
     return model.to(device, memory_format=torch.channels_last).train()
 
 def main(argv=None):
+    if "RANK" in os.environ:
+        mss.check_launcher()
     args = parse(argv)
     device = start_processes(args)
     try:
