@@ -575,7 +575,7 @@ def text(cells):
 def write_csv(path, rows):
     """A row for each track, system and target; what wasn't measured is empty."""
     with mss.replacing(path) as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(CSV_COLUMNS)
             writer.writerows([row.get(column, "") for column in CSV_COLUMNS] for row in rows)
@@ -724,7 +724,7 @@ def write_report(path, title, lines, results, chosen):
 
     page = PAGE.format(title=html.escape(title), body="\n".join(body))
     with mss.replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 def from_worst_to_best(rows, count):
     """The names of `count` tracks, evenly spread over the scores of the first target."""
@@ -833,14 +833,13 @@ def evaluate_estimates(args, model, track, files, fragment):
 def work(args, model, tracks, columns, store):
     """Score the tracks that are this process's turn; print and write what is known by then."""
     torch.set_num_threads(max(1, torch.get_num_threads() // args.workers))
-    caught = (mss.UserError, OSError, MemoryError, torch.OutOfMemoryError)
     for i in mss.turns(store, len(tracks)):
         try:
             result = evaluate_track(args, model, tracks[i])
             if args.json:
                 path = Path(args.json, args.subset, f"{result['track']}.json")
                 write_json(path, result["scores"]["estimate"])
-        except () if args.debug else caught as error:
+        except () if args.debug else Exception as error:
             result = {"track": tracks[i].name, "error": mss.one_line(error)}
             print(f"evaluate.py: error: {result['track']}: {result['error']}", file=sys.stderr,
                   flush=True)

@@ -4813,6 +4813,24 @@ def test_only_pieces_of_a_song_are_read(words, songs, track, checkpoint, tmp_pat
     assert RATE <= longest[0] < 1.2 * RATE
     assert track.frames == 3 * RATE
 
+def test_a_song_whose_name_is_not_utf_8_is_scored(songs, tmp_path):
+    shutil.copytree(songs / "test", tmp_path / "test")
+    (song,) = (tmp_path / "test").iterdir()
+    try:
+        song.rename(song.with_name(os.fsdecode(b"caf\xe9")))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    mss.save_checkpoint(tmp_path / "small.pt", *small())
+
+    code, out, _ = call(
+        evaluate.main, "-m", tmp_path / "small.pt", "--musdb", tmp_path, "--results",
+        tmp_path / "results", "--report", tmp_path / "report", "--csv", tmp_path / "scores.csv")
+
+    assert code == 0
+    for text in (out, (tmp_path / "report" / "index.html").read_text(encoding="utf-8"),
+                 (tmp_path / "scores.csv").read_text(encoding="utf-8")):
+        assert "caf\\udce9" in text
+
 # ---- evaluate.py: excerpts ----------------------------------------------------------------------
 
 def test_excerpts_follow_from_the_seed(songs):
