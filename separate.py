@@ -180,9 +180,9 @@ def tell(what, paths):
         print(f"notice: {len(paths)} {what}: {names}", file=sys.stderr)
 
 def audio_files(folder, out):
-    """The audio files at any depth of a folder, but for hidden ones and stems of earlier runs.
+    """(songs, stems of earlier runs): the audio files at any depth of a folder, but hidden ones.
 
-    What else is left out is named on stderr.
+    What else is left out is named on stderr, as the stems are.
     """
     def visible(place, names):
         return [Path(place, name) for name in names if not name.startswith((".", "__MACOSX"))]
@@ -205,7 +205,7 @@ def audio_files(folder, out):
     tell("linked folders not searched", links)
     tell("folders can't be read", [error.filename for error in closed])
     tell("files look like audio but can't be read", others)
-    return sorted(songs)
+    return sorted(songs), stems
 
 def find_songs(inputs, out):
     """Files, and folders searched through -> {audio file: how many folders to name it by}.
@@ -214,13 +214,17 @@ def find_songs(inputs, out):
     """
     found, known = {}, set()
     for given in inputs:
-        # A folder without any song, as it is, will be one of the failures.
-        searched = audio_files(given, out) if os.path.isdir(given) else []
-        for path in searched or [given]:
+        songs, stems = audio_files(given, out) if os.path.isdir(given) else ([given], [])
+        if not songs and not stems:
+            songs = [given]                                           # will be one of the failures
+        for path in songs:
             real = os.path.realpath(path)
             if real not in known:
                 known.add(real)
                 found[path] = len(path.relative_to(given).parent.parts)
+    if not found:
+        raise mss.UserError("songs expected, found stems of earlier runs only; give their names, "
+                            "if they are to be separated")
     return found
 
 def shortened(name, ending=""):

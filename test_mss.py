@@ -3937,6 +3937,15 @@ def test_a_second_run_beside_the_songs_separates_the_songs_alone(checkpoint, tmp
         assert code == 0 and "stems of an earlier run left out" in err
         assert stdout.count("real-time factor") == 2
 
+def test_folders_of_stems_among_the_songs_are_no_failures(checkpoint, music):
+    command = "a.wav", "cd 1", "-m", checkpoint, "-o", "."
+    call(separate.main, *command)
+
+    code, _, _ = call(separate.main, "music", *command)
+
+    assert code == 0
+    fails(separate.main, "music", "-m", checkpoint, "-o", ".", saying=("stems of earlier runs",))
+
 @pytest.mark.parametrize("names, left", [
     (("vocals.wav", "accompaniment.wav"), set()),
     (("vocals.wav", "accompaniment.mp3"), {"vocals.wav", "accompaniment.mp3"}),
@@ -3949,9 +3958,10 @@ def test_stems_of_another_run_are_known_by_those_beside_them(names, left, tmp_pa
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "in" / name).touch()
 
-    songs = separate.audio_files(tmp_path / "in", tmp_path / "out")
+    songs, stems = separate.audio_files(tmp_path / "in", tmp_path / "out")
 
     assert {path.name for path in songs} == left
+    assert {path.name for path in stems} == set(names) - left
 
 def test_what_a_search_leaves_out_is_named(tmp_path, capsys, monkeypatch):
     for name in ("closed", "elsewhere"):
@@ -3968,7 +3978,7 @@ def test_what_a_search_leaves_out_is_named(tmp_path, capsys, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", closed)
-    songs = separate.audio_files(tmp_path, tmp_path / "out")
+    songs, _ = separate.audio_files(tmp_path, tmp_path / "out")
 
     assert [path.name for path in songs] == ["a.OGA", "b.m4b", "c.w64", "d.weba"]
     links, folders, files = capsys.readouterr().err.splitlines()
