@@ -313,6 +313,8 @@ class PMBranch(nn.Module):
 
     def __init__(self, channels, outputs, width, bins, bottleneck):
         super().__init__()
+        if bins % 256:
+            raise ValueError(f"a multiple of 256 bins expected, found {bins}")
         widths = [width * 2 ** i for i in range(5)]
         self.first = nn.Conv2d(channels, width, 1, bias=False)
         self.last = nn.Conv2d(width, outputs, 1, bias=False)

@@ -119,8 +119,8 @@ def bss_eval(references, estimates, rate, filters=True):
     sum to 0 at each of its samples. UserError for other shapes and for NaN.
     Sources: Stoter, Liutkus, Ito 2018; museval.
     """
-    s = torch.as_tensor(np.asarray(references))
-    y = torch.as_tensor(np.asarray(estimates))
+    s = torch.as_tensor(np.asarray(references), device="cpu")
+    y = torch.as_tensor(np.asarray(estimates), device="cpu")
     check_arrays(s, y)
     sources, length, _ = s.shape
     y = y[:, :length]
@@ -231,7 +231,7 @@ def add_projections(scores, pieces, groups, counted, size):
             C_all.append((group, mine, filters(mine, group)))         # (bins, S' C, S'' C)
 
     # Energies by Parseval: all bins but the first and the last stand for two.
-    weights = torch.full((n_fft // 2 + 1,), 2 / n_fft, dtype=torch.double)
+    weights = torch.full((n_fft // 2 + 1,), 2 / n_fft, dtype=torch.double, device="cpu")
     weights[0] = weights[-1] = 1 / n_fft
 
     def ratio(signal, error):
@@ -493,7 +493,7 @@ def mask_statistics(mixture, references):
             row, column = cells[:, inside]
             histogram = torch.bincount(row * SIDE + column, minlength=SIDE * SIDE)
 
-            counts = torch.tensor([M.numel(), (M.abs() > 1).sum()])
+            counts = torch.tensor([M.numel(), (M.abs() > 1).sum()], device="cpu")
             statistics[name] += torch.cat([counts, histogram])
     return {name: counts.tolist() for name, counts in statistics.items()}
 

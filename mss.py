@@ -25,6 +25,7 @@ import itertools
 import math
 import os
 import re
+import reprlib
 import shutil
 import signal
 import socket
@@ -34,6 +35,7 @@ import tempfile
 import time
 import typing
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +47,7 @@ import torch.nn.functional as F
 import baselines
 
 # ==== I. The paper ===============================================================================
-# How a mixture becomes estimates: spectrograms; the rules that say what the network's outputs mean
-# (sections 2, 3.1, 3.2); the network (section 3.3); the systems of Table 3 as rows of MODELS.
+# From a mixture to estimates: spectrograms, rules (sections 2, 3.1, 3.2), network (3.3), Table 3.
 
 SOURCES = ("vocals", "bass", "drums", "other")  # "accompaniment" is the sum of the last three
 
@@ -60,6 +61,7 @@ class Config:
     width: int = 32                             # features of the first encoder
     window: int = 2048                          # samples of the STFT's window; F = window / 2 + 1
     hop: int = 441                              # samples between two frames: 10 ms
+    __post_init__ = lambda self: check_config(self)                   # raises UserError
 
 # ---- Spectrograms: (..., L) <-> (..., T, F) complex ---------------------------------------------
 
@@ -371,6 +373,82 @@ class UserError(ValueError):
 def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
+# ---- What people have ---------------------------------------------------------------------------
+
+def whole(value, name, lowest=0):
+    """A number without a fraction, from `lowest` on -> int; or UserError."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if int(value) == value and value >= lowest:
+            return int(value)
+    raise UserError(f"{name}: a whole number from {lowest} on expected, found "
+                    f"{reprlib.repr(value)}")
+
+def as_floats(samples, dtype=torch.float32):
+    """Samples as people have them, arrays or tensors -> a tensor of floats on the CPU.
+
+    Integers of 16 and 32 bits, as soundfile and scipy read them, become -1 to 1. UserError for
+    anything else.
+    """
+    try:
+        if not isinstance(samples, torch.Tensor):
+            array = np.asarray(samples)
+            samples = np.require(array, array.dtype.newbyteorder("="), "CW")
+        x = torch.as_tensor(samples, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"an array of samples expected, found {type(samples).__name__}: "
+                        f"{one_line(error)}") from error
+
+    full_scale = {torch.int16: 1 << 15, torch.int32: 1 << 31}.get(x.dtype)
+    if x.dim() == 0 or not (x.is_floating_point() or full_scale):
+        raise UserError("samples as floats, int16 or int32 expected, found "
+                        f"{x.dtype}, shape {tuple(x.shape)}")
+    return x.to(dtype) / full_scale if full_scale else x.to(dtype)
+
+def as_audio(samples):
+    """What as_floats takes, as (C, L) -> (C, L) float32. UserError for other shapes."""
+    x = as_floats(samples)
+    if x.dim() != 2 or not 1 <= len(x) <= 8:
+        raise UserError("audio as (C, L), channels first, such as (2, 44100), expected, found "
+                        f"shape {tuple(x.shape)}")
+    return x
+
+def check_config(config):
+    """Raise UserError unless models can be made of what a Config holds; it may be a stranger's.
+
+    Targets become names of files, so only those known here are taken. Lists become tuples.
+    """
+    def require(holds, name, expected):
+        if not holds:
+            found = reprlib.repr(getattr(config, name))[:80]          # of any size and depth
+            raise UserError(f"Config: {name}: {expected} expected, found {found}")
+
+    known = (*SOURCES, "accompaniment")
+    if type(config.targets) is list:
+        config.targets = tuple(config.targets)
+    targets = config.targets if type(config.targets) is tuple else ()
+    named = all(type(name) is str and name in known for name in targets)
+    require(targets and named and len(set(targets)) == len(targets), "targets",
+            f"a tuple of some of {', '.join(known)}, each once,")
+    require(type(config.model) is str and config.model in MODELS, "model",
+            f"one of {', '.join(MODELS)}")
+
+    limits = {
+        "sample_rate": range(1000, 384_001),                          # Hz
+        "channels": range(1, 9),
+        "width": range(1, 10_001),
+        "window": range(128, 65_537, 128),                            # pooling divides it by 128
+    }
+    for name, allowed in limits.items():
+        value = getattr(config, name)
+        steps = f" in steps of {allowed.step}" if allowed.step > 1 else ""
+        require(type(value) is int and value in allowed, name,
+                f"an int from {allowed[0]} to {allowed[-1]}{steps}")
+
+    # Up to a third of the window, what istft makes is right to the end.
+    lowest, highest = config.window // 64, config.window // 3
+    require(type(config.hop) is int and lowest <= config.hop <= highest, "hop",
+            f"an int from {lowest} to {highest} for a window of {config.window}")
+
 # ---- Whole tracks: blocks in, blocks out --------------------------------------------------------
 
 # 6.39 and 0.63 s. 639 hops make 640 frames, and starts lie 576 apart, which both the pooling's 32
@@ -412,6 +490,15 @@ def separate_windows(model, windows, bf16):
     torch.cuda.empty_cache()                                          # nothing without CUDA
     return None
 
+def check_finite(windows, estimates):
+    """Raise UserError, which says whose fault it is, where estimates are NaN or infinite."""
+    if torch.isfinite(estimates).all():
+        return
+    if not torch.isfinite(windows).all():
+        raise UserError("finite samples expected in the mixture, found NaN or infinity")
+    raise UserError("the model gives NaN or infinite samples: weights that are damaged or have "
+                    f"diverged? The mixture is finite, its peak {windows.abs().max():.3g}")
+
 def grid_hop(segment, overlap, stride, fade):
     """Samples between the starts of segments: a multiple of the model's stride if one fits."""
     hop = segment - overlap
@@ -439,8 +526,11 @@ def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=
 
         = taken from this window   ~ cross-faded   - context for the network only
 
-    If memory runs out, fewer windows go at once, then shorter ones. UserError if that doesn't help.
+    If memory runs out, fewer windows go at once, then shorter ones. UserError if that doesn't help,
+    for what isn't audio, and where the model's estimates aren't finite.
     """
+    segment, overlap = whole(segment, "segment", 1), whole(overlap, "overlap")
+    batch_size = whole(batch_size, "batch_size", 1)
     fade = overlap // 2
     context = (overlap - fade) // 2
     if segment - overlap < max(fade, 1):
@@ -448,7 +538,9 @@ def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=
                         f"{overlap} samples")
 
     # ramp + (1 - ramp) = 1: there is nothing to normalise.
-    ramp = (torch.arange(fade) + 0.5) / max(fade, 1)
+    ramp = (torch.arange(fade, dtype=torch.float32, device="cpu") + 0.5) / max(fade, 1)
+    channels = model.config.channels
+    blocks = (to_channels(as_audio(block), channels) for block in blocks)
     mixture = Lookahead(blocks)                                       # begins with the next window
     tail = None                                                       # (S, C, fade): to fade out
     last = False
@@ -470,6 +562,7 @@ def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=
                   file=sys.stderr)
             last = False
             continue
+        check_finite(windows, estimates)
 
         # The fade with the window before, what is this window's own, and the next fade's half.
         for y in estimates:                                           # (S, C, n)
@@ -483,7 +576,11 @@ def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=
         mixture.drop(len(windows) * hop)
 
 def separate_track(model, mixture, segment=SEGMENT, overlap=OVERLAP, batch_size=1, bf16=False):
-    """(C, L) at the model's rate -> (S, C, L), for any L from 0 on; see separate_blocks."""
+    """(C, L) at the model's rate -> (S, C, L), for any L from 0 on; see separate_blocks.
+
+    The mixture is a tensor or an array, of floats, int16 or int32. Mono is doubled for a stereo
+    model, C being the model's channels.
+    """
     blocks = separate_blocks(model, [mixture], segment, overlap, batch_size, bf16)
     return torch.cat(list(blocks), dim=-1)
 
@@ -552,10 +649,12 @@ def decibels(signal, error):
 def sdr(reference, estimate, epsilon=0.0):
     """10 log10(|s|^2 / |y - s|^2) in dB, over all samples and channels of two arrays of one shape.
 
-    `epsilon` is added to both energies.
+    `epsilon` is added to both energies. UserError for two shapes.
     """
-    s = np.asarray(reference, dtype=np.float64)
-    y = np.asarray(estimate, dtype=np.float64)
+    s = as_floats(reference, torch.float64).numpy()
+    y = as_floats(estimate, torch.float64).numpy()
+    if s.shape != y.shape:
+        raise UserError(f"two arrays of one shape expected, found {s.shape} and {y.shape}")
     signal = np.vdot(s, s)
     error = np.vdot(y - s, y - s)
     return float(decibels(signal + epsilon, error + epsilon))         # eq. 5
@@ -620,18 +719,48 @@ def save_checkpoint(path, config, model, **state):
             error = error.__context__
         raise UserError(f"{path}: not saved, an older file stays: {one_line(error)}") from error
 
+def check_zip(path):
+    """Raise UserError where a bit of a checkpoint has changed: torch does not look at checksums.
+
+    Also where its parts claim to be larger than the file, and so could fill the memory.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":                                     # before torch 1.6: no sums
+            return
+    with zipfile.ZipFile(path) as file:
+        if sum(part.file_size for part in file.infolist()) > os.path.getsize(path):
+            raise UserError("its parts are larger than the file")
+        damaged = file.testzip()                                      # 0.2 s for 461 MB
+    if damaged:
+        raise UserError(f"{reprlib.repr(damaged)} in it is not what was saved")
+
+def check_weights(weights, path):
+    """Raise UserError unless all are plain tensors, no larger together than the file.
+
+    Otherwise a view that repeats a few numbers could claim, and take, any memory.
+    """
+    for name, value in weights.items():
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or not (value.is_floating_point() or value.dim() == 0):      # 0: a counter
+            raise UserError(f"{reprlib.repr(name)}: {value.dtype}, {value.layout}, {value.device}")
+    if sum(value.nbytes for value in weights.values()) > os.path.getsize(path):
+        raise UserError("its tensors are larger than the file")
+
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint of ours or a published ResUNet143 -> (config, model, state).
 
     The model is in eval mode, on the device. `state` holds all else, such as "step". Raises
-    UserError for anything that is no such file.
+    UserError for anything that is no such file. It may be a stranger's: no code in it runs, and
+    its sizes are compared with the file's and the model's before memory is taken.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: a checkpoint expected, found no file")
     try:
+        check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                           # torch's advice on pickles
             content = torch.load(path, map_location="cpu", weights_only=True)
+            check_weights(content.get("model", content), path)
         if "config" not in content:
             content = convert_published(content, Path(path).name)
 
@@ -643,11 +772,14 @@ def load_checkpoint(path, device="cpu"):
         # There are a dozen ways for a truncated, foreign or unsafe file to fail here.
         downloaded = Path(path).parent == download_folder()
         advice = "; delete it, and -m paper downloads it anew" if downloaded else ""
+        reason = f"{type(error).__name__}; --debug tells more"
+        if isinstance(error, UserError):
+            reason = one_line(error)
         raise UserError(f"{path}: a checkpoint of this program or a published resunet143_ismir2021 "
-                        f"file expected, found a damaged or foreign file ({type(error).__name__}; "
-                        f"--debug tells more){advice}") from error
+                        f"file expected, found a damaged or foreign file ({reason}){advice}"
+                        ) from error
 
-    model = model.to(device, torch.float32, memory_format=torch.channels_last)
+    model = model.to(pick_device(device), torch.float32, memory_format=torch.channels_last)
     return config, model.eval(), content
 
 # The published code's names, ours, and the first number in each of theirs; ours count from 0. In
@@ -755,6 +887,7 @@ class Together(Model):
 
 def load_models(names, device="cpu"):
     """Checkpoints by path or name -> one model for all their targets, ready for inference."""
+    names = [names] if isinstance(names, (str, Path)) else names
     models = []
     for name in names:
         _, model, _ = load_checkpoint(checkpoint_path(name), device)
@@ -942,6 +1075,14 @@ def musdb_songs(root, subset):
         expected += ", or some of MUSDB18's 14 validation songs in train/"
     raise UserError(f"{place}: no songs for '{subset}': {expected} expected, found {found}")
 
+def check_rates(tracks, rate):
+    """Raise UserError, with the names of all that are at fault, where songs have another rate."""
+    others = [track for track in tracks if track.sample_rate != rate]
+    if others:
+        names = ", ".join(track.name for track in others)
+        found = ", ".join(sorted({f"{track.sample_rate} Hz" for track in others}))
+        raise UserError(f"{names}: {rate} Hz expected, found {found}")
+
 def musdb_tracks(root, subset, cache=None):
     """The songs of `subset` ("train", "valid" or "test") below `root` -> list of Track, by name.
 
@@ -1000,13 +1141,14 @@ def shift(x, rng):
 def stretch(audio, percent):
     """(C, L) -> (C, L * percent / 100, or some more) of the same pitch: a phase vocoder."""
     window, hop = 2048, 512
-    hann = torch.hann_window(window, dtype=audio.dtype)
+    hann = torch.hann_window(window, dtype=audio.dtype, device=audio.device)
     padded = F.pad(audio, (0, window))
     X = torch.stft(padded, window, hop, window=hann, return_complex=True)         # (C, F, T)
 
     # Magnitudes between frames are interpolated.
     frames = (X.shape[2] - 1) * percent // 100
-    t = torch.arange(frames) * (100 / percent)                        # where they lie in X
+    t = torch.arange(frames, dtype=audio.dtype, device=audio.device)
+    t = t * (100 / percent)                                           # where they lie in X
     i = t.long()
     size = X.abs()
     magnitude = torch.lerp(size[..., i], size[..., i + 1], t - i)
@@ -1076,7 +1218,7 @@ def gain(x, rng):
 def part(x, rng, low, high):
     """The indices of a random stretch of x, from `low` to `high` of its length."""
     length = int(x.shape[1] * rng.uniform(low, high))
-    return torch.arange(length) + int(rng.integers(x.shape[1] - length + 1))
+    return torch.arange(length, device=x.device) + int(rng.integers(x.shape[1] - length + 1))
 
 def mask(x, rng):
     """Silence for up to 2 s."""
@@ -1133,10 +1275,7 @@ class Segments(torch.utils.data.Dataset):
     """
 
     def __init__(self, tracks, config, seconds=3.0, mix_audio=2, augment=(), seed=0):
-        for track in tracks:
-            if track.sample_rate != config.sample_rate:
-                raise UserError(f"{track.name}: {config.sample_rate} Hz expected, "
-                                f"found {track.sample_rate} Hz")
+        check_rates(tracks, config.sample_rate)
         self.tracks = tracks
         self.config = config
         self.mix_audio = mix_audio
@@ -1161,7 +1300,7 @@ class Segments(torch.utils.data.Dataset):
             self.ends[source] = np.cumsum(positions)
             if not any(positions):
                 raise UserError(f"songs with {source} expected, found none in {len(tracks)}")
-        self.unreadable = torch.zeros(len(tracks), dtype=torch.int64).share_memory_()
+        self.unreadable = torch.zeros(len(tracks), dtype=torch.int64, device="cpu").share_memory_()
 
     def draw(self, source, rng):
         """A random (song's number, first sample): all positions of all songs are equally likely."""
@@ -1430,6 +1569,7 @@ def read_audio(path, start=0, frames=-1):
 
     Past the file's end there is nothing: fewer samples come back. UserError for unreadable files.
     """
+    start, frames = whole(start, "start"), whole(frames, "frames", lowest=-1)
     with open_audio(path, whole=frames < 0) as file:
         left = max(0, file.frames - start)
         count = left if frames < 0 else min(frames, left)
@@ -1499,13 +1639,15 @@ def write_blocks(path, rate, channels, frames=0, subtype=None):
             raise UserError(f"{path}: not written: {reason}") from error
 
 def write_audio(path, audio, rate):
-    """Write a (C, L) tensor; see write_blocks."""
-    with write_blocks(path, rate, *audio.shape) as write:
+    """Write (C, L) samples, a tensor or an array; see write_blocks."""
+    audio = as_audio(audio)
+    with write_blocks(path, whole(rate, "rate", 1), *audio.shape) as write:
         write(audio)
 
 def to_channels(audio, channels):
     """(..., 1 or 2, L) -> (..., channels, L): mono is doubled, stereo averaged; or UserError."""
-    found = audio.shape[-2]
+    audio = as_floats(audio)
+    found = audio.shape[-2] if audio.dim() > 1 else "none"
     if found == channels:
         return audio
     if found == 1:
@@ -1543,6 +1685,8 @@ def sinc_kernel(up, down):
 
 def resample_blocks(blocks, rate_in, rate_out):
     """Resample a stream of (..., n) blocks: n samples in all become ceil(n rate_out / rate_in)."""
+    rate_in, rate_out = whole(rate_in, "rate_in", 1), whole(rate_out, "rate_out", 1)
+    blocks = map(as_floats, blocks)
     divisor = math.gcd(rate_in, rate_out)
     up, down = rate_out // divisor, rate_in // divisor
     if up == down:
@@ -1554,7 +1698,6 @@ def resample_blocks(blocks, rate_in, rate_out):
         kernel, half = sinc_kernel(up, down)
     except UserError as error:
         raise UserError(f"{rate_in} Hz to {rate_out} Hz: {error}") from error
-    blocks = iter(blocks)
     first = next(blocks)
     margin = first.new_zeros(*first.shape[:-1], half)
     audio = Lookahead(itertools.chain([margin, first], blocks, [margin]))
@@ -1742,8 +1885,8 @@ def unwind_on_signals():
     def handler(number, frame):
         sys.exit(128 + number)
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)                          # Windows has no SIGHUP
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        number = getattr(signal, name, None)                          # Windows has SIGTERM only
         if number and signal.getsignal(number) == signal.SIG_DFL:     # ignored: under nohup
             signal.signal(number, handler)
 
