@@ -12,6 +12,8 @@ import csv
 import dataclasses
 import datetime
 import functools
+import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -125,6 +127,7 @@ class Run:
     validated: int = 0                          # the step of the last validation
     skipped: int = 0                            # steps whose loss or gradient wasn't finite
     unreadable: int = 0                         # draws of songs that can't be read
+    rows: list = dataclasses.field(default_factory=list)              # of log.csv
 
 def train_step(network, optimizer, batches, args, flags=()):
     """Learn from the next batch -> (loss, the gradient's norm before clipping, flags).
@@ -243,6 +246,9 @@ def finish(args, run, log, stop, caught):
     """Write the log and say why the run ends -> exit code."""
     write_or_say(log.write)
     print(f"{stop} at step {run.step}; best validation SDR {run.best:.2f} dB")
+    if stop == "done" and run.best == -math.inf:
+        raise mss.UserError("no validation gave a score, so that there is no best.pt: are the "
+                            "estimates silent?")
     if stop != "stopped":
         tell_what_is_next(args)
         return 0
@@ -308,9 +314,35 @@ def validate(model, tracks, bf16, caught):
     if None in everyone:
         return {}
     rows = sum(everyone, [])
+    if not rows:
+        raise mss.UserError("none of the validation songs could be separated and scored")
     return {f"{name}_{target}": evaluate.aggregate(rows, system, target, metric, how)
             for target in model.config.targets
             for name, (system, metric, how) in SCORES.items()}
+
+def check_held_out(root, tracks, config):
+    """Raise UserError unless validation will score each target: now, not after hours.
+
+    One song that can be scored is enough: validation, too, leaves out those that can't be read.
+    """
+    missing = set(config.targets)
+    reasons = []
+    for track in tracks:
+        try:
+            mixture = mss.to_channels(track.load("mixture"), config.channels)
+            estimates = dict.fromkeys(config.targets, mixture / 2)    # neither it nor its rest: 0
+            scores, _, _ = evaluate.compare(track, mixture, estimates)
+        except (mss.UserError, OSError, RuntimeError) as error:
+            reasons.append(mss.one_line(error))
+            continue
+
+        missing = {target for target in missing
+                   if np.isnan(scores["estimate"][target]["SDR"]).all()}
+        if not missing:
+            return
+    reasons = "; ".join(reasons) or "silence in all of them"
+    raise mss.UserError(f"{root}: a validation song with {', '.join(missing)} expected, found "
+                        f"{reasons}")
 
 def record_scores(args, run, average, scores, log, fatal):
     """Log, draw and print a validation's scores; keep the weights if their mean is the best yet."""
@@ -367,14 +399,19 @@ def resume(out, settings, model, average, optimizer):
 
     _, saved, state = mss.load_checkpoint(path)
     check_settings(out, settings, state.get("settings", {}))
-    average.load_state_dict(saved.state_dict())
-    model.load_state_dict(state.get("raw", saved.state_dict()))
-    for group in state["optimizer"]["param_groups"]:                  # of another device, perhaps
-        group["fused"] = optimizer.defaults.get("fused")
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"resuming {path} at step {state['step']}")
-    names = [field.name for field in dataclasses.fields(Run)]
-    return Run(**{name: state[name] for name in names if name in state})
+    try:
+        average.load_state_dict(saved.state_dict())
+        model.load_state_dict(state.get("raw", saved.state_dict()))
+        for group in state["optimizer"]["param_groups"]:              # of another device, perhaps
+            group["fused"] = optimizer.defaults.get("fused")
+        optimizer.load_state_dict(state["optimizer"])
+        names = [field.name for field in dataclasses.fields(Run)]
+        run = Run(**{name: state[name] for name in names if name in state})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise mss.UserError(f"{path}: a run of train.py expected, found another checkpoint: "
+                            f"{mss.one_line(error)}") from error
+    print(f"resuming {path} at step {run.step}")
+    return run
 
 def check_settings(out, ours, theirs):
     """Raise UserError where a run in `out` has other settings than the command."""
@@ -401,25 +438,38 @@ class Log:
         self.columns = [*self.STEP]
         for target in args.source:
             self.columns += [f"{name}_{target}" for name in SCORES]
-        self.rows = self.read(run)
+        self.rows = run.rows
+        self.keep_foreign()
         self.shown = -math.inf                                        # when the last line was
         self.write_next = -math.inf                                   # when the file may be written
         self.waited = 0.0                                             # s for data, to the last row
         self.clear()
 
-    def read(self, run):
-        """The rows of a run that is resumed, without those of steps to be done again."""
-        rows = []
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ()
-            for row in csv.DictReader(lines):
-                if int(row["step"]) <= (run.step if row["loss"] else run.validated):
-                    rows.append(row)
-            return rows
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
-            print(f"notice: {self.path}: begun anew, for it was damaged: {mss.one_line(error)}",
-                  file=sys.stderr)
-            return []
+    def keep_foreign(self):
+        """Rename a log.csv that isn't this run's, or that something else has changed since.
+
+        last.pt holds the rows. The file holds them and perhaps more, of steps to be done again; or
+        it is older, and ends before them.
+        """
+        if RANK > 0 or not self.path.exists():
+            return
+        ours, found = self.content(), self.path.read_bytes()
+        if self.rows and (found.startswith(ours) or ours.startswith(found)):
+            return
+
+        names = (self.path.with_name(f"log-{i}.csv") for i in itertools.count(1))
+        kept = next(path for path in names if not path.exists())
+        self.path.rename(kept)
+        print(f"notice: {self.path} is not as this run left it: kept as {kept.name}; the new one "
+              f"has the {len(self.rows)} rows that last.pt holds", file=sys.stderr)
+
+    def content(self):
+        """The bytes of log.csv."""
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return file.getvalue().encode()
 
     def clear(self):
         self.losses, self.norms = [], []
@@ -464,10 +514,7 @@ class Log:
     def write(self):
         """The whole file anew: a kill or a full disk never leaves half a row."""
         with mss.replacing(self.path) as temporary:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(self.rows)
+            temporary.write_bytes(self.content())
 
     def draw(self):
         """curve.svg: the loss, and below it the validation SDR of each target."""
@@ -786,6 +833,50 @@ def start_processes(args):
             sys.stdout = open(os.devnull, "w")
     return device
 
+def lock(file):
+    """Lock an open file until this process ends, however that happens, or closes it.
+
+    OSError where another process has locked it. The loader's workers don't inherit the lock.
+    """
+    with contextlib.suppress(ImportError):
+        import fcntl
+        return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(ImportError):                            # on Windows
+        import msvcrt
+        return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+@contextlib.contextmanager
+def alone_in(out):
+    """Keep other runs out of OUT meanwhile; a new folder goes where nothing was written to it.
+
+    UserError where another run is there, or where nothing can be written: before the first step.
+    """
+    if RANK > 0:
+        yield
+        return
+
+    new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")
+    except OSError as error:
+        raise mss.UserError(f"--out {out}: a folder to write to expected: {mss.one_line(error)}"
+                            ) from error
+    try:
+        with file:
+            try:
+                lock(file)
+            except (BlockingIOError, PermissionError):
+                raise mss.UserError(f"--out {out}: another run is at work there") from None
+            except OSError:                                           # a disk without locks
+                pass
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            if new and os.listdir(out) == [".lock"]:
+                os.remove(out / ".lock")
+                out.rmdir()
+
 @contextlib.contextmanager
 def first_process_first():
     """Process 0 writes and decodes; the others then find what it made."""
@@ -860,8 +951,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 # ---- Signals ------------------------------------------------------------------------------------
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-           if hasattr(signal, name)]                                  # Windows has no SIGHUP
+# Ctrl-C; the end of a terminal; what schedulers send before a job's time is over.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]  # Windows: two
 
 def catch_signals():
     """Return a list to which SIGNALS append (number, time); one 2 s later ends the program.
@@ -1033,12 +1125,8 @@ def open_data(args, config):
     root = mss.musdb_root(args.musdb)
     tracks = mss.musdb_tracks(root, "train", args.cache)
     held_out = mss.musdb_tracks(root, "valid", args.cache)
-
-    # Found out now, not at the first validation.
-    for source in config.targets:
-        if not any(track.load(source).any() for track in held_out):
-            raise mss.UserError(f"{root}: a validation song with {source} expected, found silence "
-                                "in all of them")
+    mss.check_rates(tracks + held_out, config.sample_rate)
+    check_held_out(root, held_out, config)
     segments = mss.Segments(
         tracks, config, args.segment, args.mix_audio, args.augment, args.seed)
     return segments, held_out
@@ -1062,8 +1150,10 @@ def main(argv=None):
         mss.check_launcher()
     args = parse(argv)
     device = start_processes(args)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(end_workers)
         config = config_of(args)
+        stack.enter_context(alone_in(args.out))
         with first_process_first():
             segments, held_out = open_data(args, config)
         model = build(args, config, device)
@@ -1087,8 +1177,6 @@ def main(argv=None):
         if WORLD > 1:
             dist.destroy_process_group()                              # after an error it would wait
         return code
-    finally:
-        end_workers()
 
 if __name__ == "__main__":
     mss.run(main)
