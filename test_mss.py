@@ -35,6 +35,7 @@ import threading
 import time
 import types
 import xml.etree.ElementTree
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -713,6 +714,144 @@ def test_other_errors_are_not_taken_for_too_little_memory():
     with pytest.raises(RuntimeError, match="another"):
         mss.separate_track(Large(300, RuntimeError("another")), noise(2, 20_000))
 
+def test_a_models_nan_is_the_models_fault():
+    class Diverged(Identity):
+        def forward(self, x):
+            return x[:, None] * math.nan
+
+    with pytest.raises(mss.UserError, match="the model gives NaN.*The mixture is finite, its peak"):
+        mss.separate_track(Diverged(), noise(2, 1000))
+
+def test_a_mixtures_nan_is_the_mixtures_fault():
+    x = noise(2, 1000)
+    x[0, 500] = math.nan
+
+    with pytest.raises(mss.UserError, match="finite samples expected in the mixture"):
+        mss.separate_track(Identity(), x)
+
+@pytest.mark.parametrize("numbers", [
+    dict(batch_size=0), dict(overlap=-10), dict(segment=1000.5), dict(segment="1000")])
+def test_numbers_of_windows_that_make_no_sense_are_refused(numbers):
+    with pytest.raises(mss.UserError, match="a whole number from . on expected, found"):
+        mss.separate_track(Identity(), noise(2, 100), **numbers)
+
+# ---- What people have ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("convert", [
+    lambda x: x.numpy(), lambda x: x.double(), lambda x: x.double().numpy(),
+    lambda x: x.numpy().astype(">f4"), lambda x: x.flip(1).numpy()[:, ::-1],
+    lambda x: x.clone().requires_grad_(), lambda x: x.T.contiguous().T,
+    lambda x: (x * 2 ** 15).short().numpy(), lambda x: (x * 2.0 ** 31).int(),
+], ids=["numpy", "double", "numpy's double", "big-endian", "reversed", "with a gradient",
+        "transposed", "16 bits", "32 bits"])
+def test_samples_of_any_kind_are_taken(convert):
+    x = torch.arange(-500, 500).view(2, 500) / 512                    # exact in all of them
+
+    y = mss.separate_track(Identity(), convert(x))
+
+    assert y.dtype == torch.float32
+    assert torch.equal(y[0], x)
+
+def test_mono_is_doubled_for_a_stereo_model():
+    x = noise(1, 500)
+
+    y = mss.separate_track(Identity(), x)
+
+    assert torch.equal(y[0], torch.cat([x, x]))
+
+@pytest.mark.parametrize("samples", [
+    noise(500), noise(500, 2), noise(1, 2, 500), noise(0, 500), torch.zeros(2, 500).long(), None,
+    "song.wav", np.array(["a"])],
+    ids=["(L,)", "(L, C)", "(1, C, L)", "no channel", "int64", "None", "a path", "words"])
+@pytest.mark.parametrize("function", [
+    lambda samples: mss.separate_track(Identity(), samples),
+    lambda samples: mss.write_audio("never.wav", samples, RATE)],
+    ids=["separate_track", "write_audio"])
+def test_what_is_no_audio_is_refused_with_what_was_found(
+        function, samples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(mss.UserError, match="expected, found"):
+        function(samples)
+
+def test_sdr_of_other_shapes_is_refused():
+    """numpy would repeat the shorter one."""
+    with pytest.raises(mss.UserError, match=r"one shape expected, found \(2, 50\) and \(50,\)"):
+        mss.sdr(noise(2, 50), noise(50))
+
+def test_sdr_scales_integers_as_samples():
+    x = torch.tensor([[1000, -2000, 3000]])
+
+    assert mss.sdr(x / 2 ** 15, (x.short() * 2).numpy()) == 0.0
+
+@pytest.mark.parametrize("rates", [(0, 48000), (44100, -1), (44100, 48000.5), ("44100", 48000)])
+def test_rates_that_make_no_sense_are_refused(rates):
+    with pytest.raises(mss.UserError, match="rate_.*: a whole number from 1 on expected"):
+        mss.resample(noise(2, 100), *rates)
+
+def test_arrays_and_whole_floats_of_rates_are_resampled():
+    x = noise(2, 100)
+
+    y = mss.resample(x.double().numpy(), 44100.0, np.int64(48000))
+
+    assert torch.equal(y, mss.resample(x, 44100, 48000))
+
+@pytest.fixture(params=["a default dtype", "a default device"])
+def torchs_defaults(request):
+    """A function that sets one as notebooks do, "meta" standing in for a GPU; undone in the end."""
+    if request.param == "a default dtype":
+        yield lambda: torch.set_default_dtype(torch.float64)
+    else:
+        yield lambda: torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+def everything(checkpoint, songs):
+    """What comes from public functions, each with numbers of its own."""
+    track, = mss.musdb_tracks(songs, "valid")
+    x = track.load("accompaniment", 0, 9000)
+    model = mss.load_models(checkpoint)
+    y = mss.separate_track(model, x, segment=4000, overlap=900)
+    bss = evaluate.bss_eval(x.T[None].numpy(), y.transpose(1, 2).numpy(), 1000)
+    return [x, y, mss.resample(x, 44100, 48000), mss.stretch(x, 110),
+            mss.mask(x, np.random.default_rng(0)), *examples(songs, seed=1)[0],
+            *map(torch.from_numpy, bss.values())]
+
+def test_torchs_defaults_change_nothing(torchs_defaults, checkpoint, songs):
+    expected = everything(checkpoint, songs)
+
+    torchs_defaults()
+    found = everything(checkpoint, songs)
+
+    for one, other in zip(found, expected):
+        assert one.dtype == other.dtype and one.device == other.device
+        assert torch.equal(one, other)
+
+@pytest.mark.parametrize("name, value", [
+    ("targets", "vocals"), ("targets", ("../../escaped",)), ("targets", ("/escaped",)),
+    ("targets", ("<script>",)), ("targets", (None,)), ("targets", ("",)), ("targets", ("a\0b",)),
+    ("targets", ()), ("targets", ("vocals", "vocals")), ("targets", [["vocals"]]),
+    ("sample_rate", 0), ("sample_rate", -44100), ("sample_rate", 44100.0), ("sample_rate", "44100"),
+    ("sample_rate", 10 ** 9), ("channels", 0), ("channels", True), ("width", 0), ("width", 10 ** 9),
+    ("window", 2000), ("window", 10 ** 9), ("hop", -5), ("hop", 2048), ("hop", 10 ** 9), ("hop", 1),
+    ("model", "Demucs"), ("model", ["UNet"])])
+def test_a_config_of_which_no_model_can_be_made_is_refused(name, value):
+    with pytest.raises(mss.UserError, match=f"^Config: {name}: .* expected, found "):
+        mss.Config(**{name: value})
+
+def test_a_list_of_targets_will_do():
+    assert mss.Config(targets=["vocals", "bass"]).targets == ("vocals", "bass")
+
+def test_what_a_config_holds_is_told_in_few_words():
+    nested = ()
+    for _ in range(60):
+        nested = (nested, nested)                                     # 2^60 in all
+
+    with pytest.raises(mss.UserError) as caught:
+        mss.Config(targets=nested)
+
+    assert len(str(caught.value)) < 300
+
 # ---- What is left over --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("target, name", [
@@ -833,6 +972,81 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     assert_refused_as_checkpoint(tmp_path / "bad.pt")
 
     assert not (tmp_path / "made").exists()
+
+def change_checkpoint(path, change):
+    """Apply a function to what a checkpoint holds."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+def test_a_checkpoints_targets_stay_in_the_folder_of_stems(checkpoint):
+    change_checkpoint(checkpoint, lambda content: content["config"].update(
+        targets=("../../escaped",)))
+
+    assert_refused_as_checkpoint(checkpoint)
+
+    assert list(checkpoint.parent.parent.rglob("escaped*")) == []
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(checkpoint):
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1                                   # in the weights
+    checkpoint.write_bytes(content)
+
+    assert_refused_as_checkpoint(checkpoint)
+
+def claim_to_be_wide(content):
+    """The weights of a network of 60 features, 260 MB, all of which are one number."""
+    with torch.device("meta"):
+        _, wide = small(width=60)
+    content["config"]["width"] = 60
+    content["model"] = {name: torch.zeros((), dtype=value.dtype).expand(value.shape)
+                        for name, value in wide.state_dict().items()}
+
+def claim_to_be_published(content):
+    content.clear()
+    content["model"] = {"encoder_block1.conv_block1.abn2.weight": torch.zeros(1).expand(10 ** 7)}
+
+@pytest.mark.parametrize("claim", [claim_to_be_wide, claim_to_be_published])
+def test_a_checkpoint_cannot_claim_more_memory_than_it_fills(claim, checkpoint):
+    change_checkpoint(checkpoint, claim)
+
+    with pytest.raises(mss.UserError, match="its tensors are larger than the file"):
+        mss.load_checkpoint(checkpoint)
+
+def test_a_checkpoint_cannot_be_larger_than_its_file(checkpoint, tmp_path):
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(checkpoint) as file, \
+            zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in file.infolist():
+            packed.writestr(part.filename, file.read(part))
+        packed.writestr("small/data/999", bytes(10_000_000))
+
+    with pytest.raises(mss.UserError, match="its parts are larger than the file"):
+        mss.load_checkpoint(bomb)
+
+@pytest.mark.parametrize("convert", [
+    lambda value: value.long(), lambda value: value.to_sparse(), lambda value: value.to("meta"),
+    lambda value: value[:1]], ids=["integers", "sparse", "nothing", "another shape"])
+def test_weights_that_are_not_the_models_are_refused(convert, checkpoint):
+    def change(content):
+        content["model"]["norm.running_mean"] = convert(content["model"]["norm.running_mean"])
+
+    change_checkpoint(checkpoint, change)
+
+    assert_refused_as_checkpoint(checkpoint)
+
+def test_a_file_of_torch_before_zips_is_read(checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save(content, checkpoint, _use_new_zipfile_serialization=False)
+
+    config, model, _ = mss.load_checkpoint(checkpoint)
+
+    assert config == mss.Config(**content["config"])
+    assert equal(model.state_dict(), content["model"])
+
+def test_a_checkpoint_for_an_absent_device_is_the_users_error(checkpoint):
+    with pytest.raises(mss.UserError, match="cuda:99: no such device"):
+        mss.load_checkpoint(checkpoint, "cuda:99")
 
 def test_an_absent_checkpoint_is_named(tmp_path):
     absent = tmp_path / "absent.pt"
@@ -1141,6 +1355,12 @@ def test_without_a_file_the_mixture_is_the_sum(musdb18):
     total = sum(track.load(name) for name in mss.SOURCES)
 
     assert (track.load("mixture") - total).abs().max() < 1e-6
+
+def test_a_source_that_a_song_lacks_is_named(songs):
+    track, = mss.musdb_tracks(songs, "valid")
+
+    with pytest.raises(mss.UserError, match="one of vocals, .* expected, found 'guitar'"):
+        track.load("guitar")
 
 def test_without_valid_the_official_songs_are_held_out(musdb18):
     assert [track.name for track in mss.musdb_tracks(musdb18, "train")] == ["A - B"]
@@ -1883,6 +2103,13 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path):
         mss.write_audio(tmp_path / "nan.wav", audio, RATE)
 
     assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("start, frames", [(-5, 10), (0.5, 10), (0, -2), (None, 10)])
+def test_a_part_before_the_file_is_refused(start, frames, tmp_path):
+    mss.write_audio(tmp_path / "noise.wav", noise(2, 100), RATE)
+
+    with pytest.raises(mss.UserError, match="a whole number from -?. on expected"):
+        mss.read_audio(tmp_path / "noise.wav", start, frames)
 
 @needs_ffmpeg
 def test_ffmpeg_reads_what_soundfile_does_not(tmp_path):
@@ -2800,14 +3027,14 @@ def test_a_killed_process_leaves_no_half_files(killed):
 def interrupted(songs, tmp_path, monkeypatch):
     """OUT of a run of 3 steps that was interrupted while it validated."""
     out = tmp_path / "interrupted"
-    real = evaluate.compare
+    real = evaluate.separated
 
-    def compare(*words):
+    def separated(*words):
         signal.raise_signal(signal.SIGINT)
         return real(*words)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(evaluate, "compare", compare)
+    monkeypatch.setattr(evaluate, "separated", separated)
     code, _, _ = call(train.main, *quick(songs, out, steps=3))
     monkeypatch.undo()
     signal.signal(signal.SIGINT, before)
@@ -2855,6 +3082,56 @@ def test_silent_validation_songs_are_refused_at_the_start(songs, tmp_path):
           saying=("a validation song with vocals", "silence"))
     assert not (tmp_path / "run").exists()
 
+@pytest.mark.parametrize("subset, named", [("train", 3), ("valid", 1)])
+def test_songs_at_another_rate_are_all_named_at_the_start(songs, tmp_path, subset, named):
+    root = shutil.copytree(songs, tmp_path / "root")
+    for stem in root.glob(f"{subset}/*/*.flac"):
+        audio, _ = mss.read_audio(stem)
+        mss.write_audio(stem, audio, 48000)
+
+    code, _, stderr = call(train.main, *quick(root, tmp_path / "run"))
+
+    assert code == 2
+    assert "44100 Hz expected, found 48000 Hz" in stderr
+    assert stderr.count("Synthetic - Song") == named
+    assert not (tmp_path / "run").exists()
+
+@pytest.mark.parametrize("stem, words", [
+    ("bass", ("a validation song with vocals expected", "bass.flac", "truncated")),
+    ("vocals", ("a validation song with vocals expected", "vocals.flac", "truncated"))])
+def test_validation_songs_of_which_none_can_be_scored_are_refused_at_the_start(
+        songs, tmp_path, stem, words):
+    root = shutil.copytree(songs, tmp_path / "root")
+    (root / "valid" / "Synthetic - Song 3" / "mixture.flac").unlink()
+    break_file(root / "valid" / "Synthetic - Song 3" / f"{stem}.flac")
+
+    fails(train.main, *quick(root, tmp_path / "run"), saying=words)
+    assert not (tmp_path / "run").exists()
+
+def test_songs_without_anything_but_vocals_cannot_be_validated_with(songs, tmp_path):
+    """BSS Eval counts no frame in which the accompaniment is silent."""
+    root = shutil.copytree(songs, tmp_path / "root")
+    for name in ("bass", "drums", "other"):
+        mss.write_audio(root / "valid" / "Synthetic - Song 3" / f"{name}.flac",
+                        torch.zeros(2, 3 * RATE), RATE)
+
+    fails(train.main, *quick(root, tmp_path / "run"), saying=("validation song with vocals",))
+
+def test_a_run_ends_where_no_validation_song_can_be_read_any_more(songs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "separated", lambda *words: mss.read_audio("gone.wav"))
+
+    code, _, stderr = call(train.main, *quick(songs, tmp_path))
+
+    assert code == 2
+    assert "none of the validation songs could be separated and scored" in stderr
+    assert content(tmp_path / "last.pt")["step"] == 3
+
+def test_a_run_whose_validations_gave_no_score_ends_with_an_error(songs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "aggregate", lambda *words: math.nan)
+
+    fails(train.main, *quick(songs, tmp_path), saying=("no validation gave a score",))
+    assert content(tmp_path / "last.pt")["step"] == 8
+
 # ---- Training: checkpoints and log --------------------------------------------------------------
 
 def test_last_holds_what_a_run_needs(trained):
@@ -2891,13 +3168,49 @@ def test_the_sdr_of_best_is_evaluates(songs, trained):
     sdr = evaluate.finite(np.median, scores["estimate"]["vocals"]["SDR"])
     assert state["valid_sdr_vocals"] == pytest.approx(sdr, abs=1e-4)
 
-def test_a_damaged_log_is_begun_anew(songs, eight):
-    (eight / "log.csv").write_bytes(b"step,loss\nx,\0")
+@pytest.mark.parametrize("change", [
+    lambda log: b"\xef\xbb\xbf" + log,
+    lambda log: log.replace(b",", b";"),
+    lambda log: log.replace(b"\r\n", b"\n"),
+    lambda log: log.replace(b"\r\n6,", b"\r\n9,"),
+    lambda log: log.replace(b"\r\n6,", b"\r\nx,\0"),
+    lambda log: b"",
+], ids=["byte order mark", "semicolons", "other line ends", "another step", "no number", "empty"])
+def test_a_log_that_something_has_changed_loses_no_row(change, songs, eight):
+    before = column(eight, "step")
+    changed = change((eight / "log.csv").read_bytes())
+    (eight / "log.csv").write_bytes(changed)
 
     _, _, stderr = call(train.main, *flags(songs, eight, steps=10))
 
-    assert "log.csv: begun anew" in stderr
-    assert column(eight, "step") == [9, 10, 10]
+    assert before == [2, 3, 4, 6, 6, 8, 8]
+    assert column(eight, "step") == [*before, 9, 10, 10]
+    assert drawn_lines(eight) == [5, 5]
+    if changed:
+        assert "kept as log-1.csv" in stderr
+        assert (eight / "log-1.csv").read_bytes() == changed
+
+def test_a_log_that_nothing_has_changed_is_gone_on_with(songs, eight):
+    """Also where it holds rows of steps that are to be done again."""
+    with open(eight / "log.csv", "ab") as file:
+        file.write(b"9,0.5\r\n")
+
+    _, _, stderr = call(train.main, *flags(songs, eight, steps=9))
+
+    assert "kept" not in stderr
+    assert column(eight, "step") == [2, 3, 4, 6, 6, 8, 8, 9, 9]
+    assert not (eight / "log-1.csv").exists()
+
+def test_the_log_of_a_run_whose_checkpoint_is_gone_is_kept(songs, eight):
+    old = (eight / "log.csv").read_bytes()
+    (eight / "log-1.csv").write_text("an older one")
+    (eight / "last.pt").unlink()
+    (eight / "best.pt").unlink()
+
+    train_well(*quick(songs, eight, steps=1))
+
+    assert (eight / "log-1.csv").read_text() == "an older one"
+    assert (eight / "log-2.csv").read_bytes() == old
 
 def drawn_lines(folder):
     """The number of points of each line in a run's curve.svg."""
@@ -2916,6 +3229,60 @@ def test_the_curve_names_what_it_shows(trained):
     assert f"loss {last_loss:.3g}" in curve
     assert "vocals SDR, dB" in curve
     assert "steps 2 to 8" in curve
+
+# ---- Training: one run in a folder --------------------------------------------------------------
+
+def test_a_second_run_in_a_folder_is_refused_and_one_after_a_kill_is_not(songs, tmp_path):
+    words = quick(songs, tmp_path, steps=100_000, workers=1)
+    process = start_training(words, subprocess.DEVNULL)
+    try:
+        wait_until((tmp_path / "last.pt").exists, process)
+        code, _, stderr = call(train.main, *quick(songs, tmp_path, steps=1))
+    finally:
+        process.kill()
+        process.wait()
+
+    assert code == 2
+    assert "another run is at work there" in stderr
+    train_well(*quick(songs, tmp_path, steps=1))
+
+@pytest.mark.parametrize("error, refused", [
+    (BlockingIOError(11, "held"), True), (PermissionError(13, "held, on Windows"), True),
+    (OSError(37, "no locks available"), False)])
+def test_a_disk_without_locks_will_do(error, refused, tmp_path, monkeypatch):
+    def lock(file):
+        raise error
+
+    monkeypatch.setattr(train, "lock", lock)
+
+    expectation = pytest.raises(mss.UserError) if refused else contextlib.nullcontext()
+    with expectation, train.alone_in(tmp_path):
+        (tmp_path / "last.pt").touch()
+    assert (tmp_path / "last.pt").exists() != refused
+
+def test_a_system_without_locks_will_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", None)
+
+    with train.alone_in(tmp_path):
+        pass
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(songs, tmp_path):
+    (tmp_path / "file").touch()
+
+    code, stdout, stderr = call(train.main, *quick(songs, tmp_path / "file" / "run"))
+
+    assert code == 2
+    assert "--out" in stderr and "a folder to write to expected" in stderr
+    assert "step 1" not in stdout
+
+def test_a_last_that_no_run_has_saved_is_named(songs, eight):
+    def forget(last):
+        del last["optimizer"]
+
+    change_checkpoint(eight / "last.pt", forget)
+
+    fails(train.main, *flags(songs, eight), saying=("last.pt", "another checkpoint", "optimizer"))
 
 # ---- Training: a full disk ----------------------------------------------------------------------
 
@@ -3271,7 +3638,18 @@ def test_one_process_goes_on_with_what_two_began(begun_by_two, trained, tmp_path
 
 # ---- Training: signals --------------------------------------------------------------------------
 
-@pytest.fixture(scope="session", params=train.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", train.SIGNALS, ids=lambda number: number.name)
+def test_signals_of_terminals_and_schedulers_are_caught(number, clock):
+    before = signal.signal(number, signal.SIG_DFL)                    # may be ignored here
+    caught = train.catch_signals()
+
+    signal.raise_signal(number)
+
+    assert [found for found, _ in caught] == [number]
+    signal.signal(number, before)
+
+@pytest.fixture(scope="session", ids=lambda number: number.name,
+                params=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 def stopped(request, songs, tmp_path_factory):
     """A run that a signal stopped.
 
