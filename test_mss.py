@@ -1356,7 +1356,7 @@ def test_without_a_file_the_mixture_is_the_sum(musdb18):
 
     assert (track.load("mixture") - total).abs().max() < 1e-6
 
-def test_a_source_that_a_song_lacks_is_named(songs):
+def test_a_source_that_there_is_not_is_named(songs):
     track, = mss.musdb_tracks(songs, "valid")
 
     with pytest.raises(mss.UserError, match="one of vocals, .* expected, found 'guitar'"):
