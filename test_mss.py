@@ -6,8 +6,17 @@ fixture are used where the environment variable MSS_TEST_DATA names their folder
 """
 import os
 
-# One thread, also of the processes that are started here: the networks are tiny, and on a busy
-# machine threads mostly wait for each other. Before torch is imported.
+# The environment decides nothing, neither here nor in the processes that are started: it names no
+# songs, and no launcher's ranks; texts are as wide and as plain as anywhere. Before our modules
+# are imported, which read some of it.
+FOREIGN = ("MUSDB_PATH", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "PET_",
+           "TORCH", "FORCE_COLOR", "PYTHON_COLORS", "PYTHONWARNINGS")
+for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+    del os.environ[name]
+os.environ.update(COLUMNS="80", NO_COLOR="1")
+
+# One thread: the networks are tiny, and on a busy machine threads mostly wait for each other.
+# Before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import base64
@@ -20,11 +29,11 @@ import html
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -60,7 +69,7 @@ TABLE_3 = (
 RELATIVES = ("Wave-U-Net", "Wave-U-Net-12", "DPRNN", "PM-Unet", "PM-Unet-conv")
 ROWS = tuple(mss.MODELS)
 PAIR = ("vocals", "accompaniment")
-PATIENCE = 600          # s until a subprocess counts as hanging, however slow the machine
+PATIENCE = 3600         # s until a subprocess counts as hanging, however slow the machine
 needs_ffmpeg = pytest.mark.skipif(
     not shutil.which("ffmpeg"), reason="the program ffmpeg is not on PATH")
 
@@ -94,7 +103,7 @@ def equal(a, b):
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 def read_csv(path):
-    return list(csv.DictReader(Path(path).read_text().splitlines()))
+    return list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
 
 def stems(folder, *names):
     names = names or ("vocals.wav", "accompaniment.wav")
@@ -131,6 +140,20 @@ def fails(main, *argv, saying):
     assert code == 2 and len(lines) == 1, (code, err)
     for word in saying:
         assert word in err
+
+def start(*command, **options):
+    """Start a script of ours as from a shell's prompt, whatever pytest was started by.
+
+    In the background SIGINT is ignored, and under nohup SIGHUP; a child would inherit that.
+    """
+    if os.name != "posix":
+        pytest.skip("signals as these are POSIX's")
+
+    def listen():
+        for number in train.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    return subprocess.Popen([sys.executable, *command], preexec_fn=listen, **options)
 
 def torchrun(*command):
     """Run a script in two processes."""
@@ -582,7 +605,7 @@ def test_windows_at_once_change_nothing():
     alone = mss.separate_track(model.eval(), x, 1500, 200, batch_size=1)
     together = mss.separate_track(model, x, 1500, 200, batch_size=3)
 
-    assert torch.allclose(alone, together, rtol=0, atol=1e-6)
+    assert mss.sdr(alone, together) > 90                              # rounding: 110 and more
 
 def test_short_windows_change_little():
     """The network's field of view exceeds what two of them share."""
@@ -665,8 +688,9 @@ def test_inputs_a_stride_apart_are_sampled_alike(name):
     x = noise(2, 160_000)
     alive(model, x)
 
-    assert begun_later(model, x, model.stride) > 100
-    assert begun_later(model, x, 2000) < 60
+    # Rounding alone: 110 dB and more. Off the grid: below 10 dB.
+    assert begun_later(model, x, model.stride) > 80
+    assert begun_later(model, x, 2000) < 40
 
 class Large(Identity):
     """Raises the error for inputs of more than `limit` samples."""
@@ -1056,6 +1080,7 @@ def test_an_absent_checkpoint_is_named(tmp_path):
 @contextlib.contextmanager
 def no_file_above(size):
     """As on a disk with so many bytes left, writing more to a file fails."""
+    resource = pytest.importorskip("resource", reason="Windows has no limits of files' sizes")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -1181,7 +1206,7 @@ def test_a_single_loaded_model_is_itself(checkpoint):
 
 @pytest.fixture(scope="session")
 def card():
-    return json.loads((HERE / "weights" / "card.json").read_text())
+    return json.loads((HERE / "weights" / "card.json").read_text(encoding="utf-8"))
 
 def test_the_default_weights_are_small_and_hold_their_card(card):
     path = HERE / "weights" / "vocals.pt"
@@ -1206,7 +1231,7 @@ def test_evaluate_says_what_the_default_weights_are(card, songs, tmp_path):
     assert "default" in stdout
 
 def test_the_cards_recipe_trains_the_default_network(card, songs, tmp_path, monkeypatch):
-    readme = (HERE / "weights" / "README.md").read_text()
+    readme = (HERE / "weights" / "README.md").read_text(encoding="utf-8")
     assert card["recipe"] in readme.replace("\\\n    ", "")
     monkeypatch.chdir(tmp_path)
     recipe = card["recipe"].split()
@@ -2571,10 +2596,8 @@ def eight(trained, tmp_path):
 
 def start_training(words, output):
     """Start train.py in a process group of its own, as a shell does; it writes to a file."""
-    return subprocess.Popen(
-        [sys.executable, HERE / "train.py", *words], stdout=output, stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return start(HERE / "train.py", *words, stdout=output, stderr=subprocess.STDOUT,
+                 start_new_session=True)
 
 def wait_until(condition, process):
     """Until the condition holds, or the process has ended."""
@@ -3223,7 +3246,7 @@ def test_the_curve_shows_the_loss_and_the_validations(trained):
     assert drawn_lines(trained) == [4, 3]
 
 def test_the_curve_names_what_it_shows(trained):
-    curve = (trained / "curve.svg").read_text()
+    curve = (trained / "curve.svg").read_text(encoding="utf-8")
     last_loss = column(trained, "loss")[-1]
 
     assert f"loss {last_loss:.3g}" in curve
@@ -3351,7 +3374,6 @@ def demo(tmp_path_factory):
     fewer = (("train", 1), ("valid", 1), ("test", 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.delenv("MUSDB_PATH", raising=False)
         patch.setattr(train, "synthetic_musdb", functools.partial(
             train.synthetic_musdb, songs=fewer, seconds=2))
         stdout = train_well(*quick(None, "my runs/demo", steps=1))
@@ -3368,9 +3390,7 @@ def follow(demo, script, main, monkeypatch):
     assert code == 0, stderr
     return stdout
 
-def test_without_songs_a_small_network_learns_for_a_short_time(monkeypatch):
-    monkeypatch.delenv("MUSDB_PATH", raising=False)
-
+def test_without_songs_a_small_network_learns_for_a_short_time():
     args = train.parse([])
 
     assert args.model == "UNetDecouple+"
@@ -3570,10 +3590,14 @@ def learned(songs, tmp_path_factory):
     tests = Path(__file__)
     script = folder / "script.py"
     script.write_text(
-        f"import sys\n"
+        f"import os, sys\n"
         f"sys.path.insert(0, {str(tests.parent)!r})\n"
+        f"import train\n"
+        f"launched = dict(os.environ)\n"
         f"import {tests.stem}\n"
-        f"{tests.stem}.learn_in_all_ways({str(songs)!r}, {str(two)!r})\n")
+        f"os.environ.update(launched)\n"
+        f"{tests.stem}.learn_in_all_ways({str(songs)!r}, {str(two)!r})\n",
+        encoding="utf-8")
 
     learn_in_all_ways(songs, one)
     done = torchrun(script)
@@ -3689,8 +3713,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(songs, stopped, tmp_path):
 @pytest.fixture
 def clock(monkeypatch):
     """A list whose one item is the time, while signals are caught."""
-    handlers = {number: signal.getsignal(number) for number in train.SIGNALS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {number: signal.signal(number, signal.default_int_handler)     # not ignored
+                for number in train.SIGNALS}
     now = [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     yield now
@@ -3782,10 +3806,7 @@ def test_a_run_on_other_songs_is_left_alone(begun_by_two, trained):
     fails(train.main, *flags(begun_by_two.root, trained), saying=("4 songs (here 5",))
     assert (trained / "last.pt").read_bytes() == before
 
-def test_a_run_on_songs_of_ones_own_is_not_gone_on_with_on_the_built_in_ones(
-        trained, monkeypatch):
-    monkeypatch.delenv("MUSDB_PATH", raising=False)
-
+def test_a_run_on_songs_of_ones_own_is_not_gone_on_with_on_the_built_in_ones(trained):
     fails(train.main, *flags(None, trained), saying=("songs of your own", "--musdb"))
 
 @pytest.mark.parametrize("changes, words", (
@@ -4460,18 +4481,11 @@ def test_torchrun_tells_once_which_songs_failed(checkpoint, tmp_path):
 def test_an_interrupted_song_leaves_nothing_behind(number, code, checkpoint, tmp_path):
     # Long enough to be interrupted: at 8 kHz 40 minutes.
     soundfile.write(tmp_path / "long.wav", np.zeros(20_000_000, "int16"), 8000)
-    command = [sys.executable, HERE / "separate.py", tmp_path / "long.wav", "-m", checkpoint,
-               "-o", tmp_path / "out"]
-
-    # A process that pytest started in the background would inherit that SIGINT is ignored.
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = start(
+        HERE / "separate.py", tmp_path / "long.wav", "-m", checkpoint, "-o", tmp_path / "out",
+        stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.time() + PATIENCE
-        while not list(tmp_path.rglob(".partial-*vocals.wav")):
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: list(tmp_path.rglob(".partial-*vocals.wav")), process)
         process.send_signal(number)
         _, err = process.communicate(timeout=PATIENCE)
     finally:
@@ -4876,13 +4890,13 @@ def test_the_json_is_rounded_and_knows_no_infinity(tmp_path):
     assert np.isnan(metrics["SIR"]) and np.isnan(metrics["SAR"])
 
 def test_the_report_needs_no_other_file(evaluated):
-    page = (evaluated.folder / "index.html").read_text()
+    page = (evaluated.folder / "index.html").read_text(encoding="utf-8")
 
     assert "<script" not in page
     assert not re.search(r"(src|href)=.?(?!data:)\w", page)
 
 def test_the_report_shows_and_plays_the_song(evaluated):
-    page = (evaluated.folder / "index.html").read_text()
+    page = (evaluated.folder / "index.html").read_text(encoding="utf-8")
 
     # The mixture, two references, two estimates.
     assert page.count("<audio") == page.count("<img") == 5
@@ -4977,8 +4991,7 @@ def test_another_process_scores_the_same(evaluated, songs, tmp_path, monkeypatch
     assert (code, err) == (0, "")
     check_same_scores(evaluated, tmp_path / "scores.csv")
 
-def test_a_dead_process_is_noticed(songs, monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+def test_a_dead_process_is_noticed(songs):
     tracks = mss.musdb_tracks(songs, "train")[:2]
     store = torch.distributed.HashStore()
     store.set("track 0", '{"track": "Synthetic - Song 0"}')
@@ -5406,8 +5419,15 @@ def benchmark():
 @pytest.fixture
 def benchmark_args(songs, checkpoint):
     return types.SimpleNamespace(
-        model=str(checkpoint), device="cpu", song=1.0, seconds=0.1, musdb=str(songs), workers=0,
+        model=str(checkpoint), device="cpu", song=1.0, seconds=1.0, musdb=str(songs), workers=0,
         train="--model UNetDecouple+ --width 2 --batch-size 1 --segment 0.2")
+
+@pytest.fixture
+def ticking(benchmark, monkeypatch):
+    """However fast the machine is, each look at the clock takes 1/8 s; convolutions, 1 TFLOP/s."""
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 8)
+    monkeypatch.setattr(benchmark, "convolution_rate", lambda device, dtype: 1e12)
 
 @pytest.mark.filterwarnings("ignore:TF32")
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
@@ -5433,16 +5453,27 @@ def test_lstms_are_counted(benchmark, backward):
     assert theirs > 0
     assert ours == pytest.approx(theirs, rel=0.01)
 
-def test_a_row_of_separation_adds_up(benchmark, benchmark_args):
-    _, wall, factor, rate, ceiling, peak = benchmark.measure_separation(benchmark_args, "float32")
+def test_a_convolution_has_a_rate(benchmark):
+    assert benchmark.convolution_rate(torch.device("cpu"), torch.float32) > 0
 
-    assert float(factor) == pytest.approx(float(wall) / benchmark_args.song, abs=0.06)
-    ceiling, share = ceiling.split(": ")
-    assert 0 <= float(rate) < float(ceiling)
-    assert 0 < float(peak)
+def test_a_row_of_separation_adds_up(benchmark, benchmark_args, ticking, monkeypatch):
+    benchmark_args.song = 2.0                                         # one block
+    monkeypatch.setattr(benchmark, "count_flops", lambda work: 50e9)
+
+    row = benchmark.measure_separation(benchmark_args, "float32")
+
+    # The clock is looked at four times: around the block, and around what comes after the last.
+    assert row[:-1] == ("float32", "0.2", "0.125", "200", "1000: 20%")
+
+def test_the_most_memory_is_counted_in_gib():
+    peak = mss.peak_memory(torch.device("cpu"))
+
+    if math.isnan(peak):
+        pytest.skip("Windows does not tell")
+    assert 0.05 < peak < 1000
 
 @pytest.mark.parametrize("real", (False, True), ids=("noise", "songs"))
-def test_a_row_of_training_is_measured(benchmark, benchmark_args, real):
+def test_a_row_of_training_is_measured(benchmark, benchmark_args, real, ticking):
     what = {**benchmark.BASE, "bf16": True, "real": real}
 
     name, steps, _, _, wait, _, hours = benchmark.measure_training(benchmark_args, "bf16", what)
@@ -5453,10 +5484,10 @@ def test_a_row_of_training_is_measured(benchmark, benchmark_args, real):
     expected = 300_000 * 16 / per_hour
     assert float(hours.split()[0].replace(",", "")) == pytest.approx(expected, rel=0.05)
 
-def test_evaluation_is_timed(benchmark):
-    seconds, peak = benchmark.measure_evaluation("here: SDR, ISR, SIR, SAR", 1)
+def test_evaluation_is_timed(benchmark, ticking):
+    seconds, _ = benchmark.measure_evaluation("here: SDR, ISR, SIR, SAR", 1)
 
-    assert seconds > 0 and peak > 0
+    assert seconds == 1 / 8
 
 def test_sections_print_tables(benchmark, benchmark_args, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "in_new_process", lambda function, *arguments: ("cell",) * 2)
@@ -5468,7 +5499,7 @@ def test_sections_print_tables(benchmark, benchmark_args, monkeypatch, capsys):
     assert printed.count("### ") == 3
     assert printed.count("| cell | cell |") == 2 + 4 + len(mss.MODELS)
 
-def test_the_loader_is_measured(benchmark, benchmark_args, capsys):
+def test_the_loader_is_measured(benchmark, benchmark_args, capsys, ticking):
     benchmark.loader(benchmark_args)
 
     cells = capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]
@@ -5491,7 +5522,7 @@ def test_overlaps_are_compared_with_the_whole(benchmark, benchmark_args, tmp_pat
 
 def test_equations_stand_at_their_lines():
     found = set()
-    for line in (HERE / "mss.py").read_text().splitlines():
+    for line in (HERE / "mss.py").read_text(encoding="utf-8").splitlines():
         code, _, comment = line.partition("#")
         if code.strip():
             found.update(re.findall(r"eq\. (\d)", comment))
@@ -5501,7 +5532,7 @@ def test_equations_stand_at_their_lines():
 PAGES = ("README.md", "docs/manual.md", "docs/results.md", "weights/README.md")
 
 def code_blocks(page, language):
-    text = (HERE / page).read_text()
+    text = (HERE / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 def commands(page):
@@ -5536,7 +5567,7 @@ def test_the_readme_runs_all_scripts():
 
 @pytest.mark.parametrize("script", ("train.py", "separate.py", "evaluate.py"))
 def test_the_manual_explains_every_flag(script, benchmark):
-    manual = (HERE / "docs" / "manual.md").read_text()
+    manual = (HERE / "docs" / "manual.md").read_text(encoding="utf-8")
     help_text = script_help(script, benchmark)
     flags = set(re.findall(r"^\s+(?:-\w[ ,].*)?(--[a-z][\w-]*)", help_text, re.MULTILINE))
 
@@ -5556,7 +5587,7 @@ def test_the_readmes_lines_of_python_run(songs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    text = (HERE / page).read_text()
+    text = (HERE / page).read_text(encoding="utf-8")
     prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
 
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
@@ -5566,6 +5597,6 @@ def test_links_lead_somewhere(page):
         linked = (HERE / page).parent / path if path else HERE / page
         assert linked.exists(), target
         if anchor:
-            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in anchors, target
