@@ -374,6 +374,12 @@ def test_the_published_networks_output_comes_back_when_folded(published):
 
     assert_like_the_published_network(mss.fold_batch_norms(model))
 
+@pytest.mark.parametrize("name", TABLE_3)
+def test_batch_norms_are_the_published_codes(name):
+    norms = batch_norms(without_memory(mss.Config(model=name)))
+
+    assert {(norm.momentum, norm.eps) for norm in norms.values()} == {(0.01, 1e-5)}
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_takes_any_length(name):
     _, model = small(name, targets=PAIR)
@@ -408,9 +414,9 @@ def test_silence_gives_a_row_finite_gradients(name):
         assert gradient is not None, path
         assert torch.isfinite(gradient).all(), path
 
-def as_if_trained(name):
+def as_if_trained(name, targets=PAIR):
     """(config, model) whose batch norms differ from identities."""
-    config, model = small(name, targets=PAIR)
+    config, model = small(name, targets=targets)
     for norm in batch_norms(model).values():
         for values in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
             values.uniform_(0.5, 1.5)
@@ -1100,6 +1106,22 @@ def test_a_full_disk_keeps_the_old_checkpoint(checkpoint):
     assert checkpoint.read_bytes() == before
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
+def test_a_checkpoint_lies_on_the_disk_before_it_has_its_name(checkpoint, monkeypatch):
+    """Or else a power cut could leave an empty file in the old one's place."""
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.fstat(number).st_size))
+    replace = os.replace
+
+    def replaced(*paths):
+        done.append("named")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", replaced)
+
+    mss.save_checkpoint(checkpoint, *small())
+
+    assert done == [checkpoint.stat().st_size, "named"]
+
 @pytest.mark.parametrize("published_name, ours", [
     ("bn0.running_mean", "norm.running_mean"),
     ("encoder_block1.conv_block1.bn1.weight", "backbone.encoders.0.0.bn1.weight"),
@@ -1157,6 +1179,59 @@ def test_a_published_files_name_says_its_target(file_name, target):
 
     assert mss.Config(**converted["config"]) == mss.Config(targets=(target,))
     assert converted["step"] == 350_000
+
+@dataclasses.dataclass
+class TinyConfig(mss.Config):
+    """As if the published network were as small."""
+    width: int = 2
+    window: int = 256
+    hop: int = 64
+
+def published_modules():
+    """{path in the published network: path in ours}"""
+    paths = {"bn0": "norm"}
+    for i in range(6):
+        for j in range(4):
+            paths[f"encoder_block{i + 1}.conv_block{j + 1}"] = f"backbone.encoders.{i}.{j}"
+            paths[f"decoder_block{i + 1}.conv_block{j + 2}"] = f"backbone.decoders.{i}.block.{j}"
+        paths[f"decoder_block{i + 1}.bn1"] = f"backbone.decoders.{i}.up.0"
+        paths[f"decoder_block{i + 1}.conv1"] = f"backbone.decoders.{i}.up.2"
+    for j in range(4):
+        for i, letter in enumerate("abcd"):
+            paths[f"conv_block7{letter}.conv_block{j + 1}"] = f"backbone.bottleneck.{i}.{j}"
+        paths[f"after_conv_block1.conv_block{j + 1}"] = f"backbone.after.{j}"
+    return paths
+
+def as_published(model):
+    """A ResUNetDecouple+'s weights in the layout of the published files."""
+    layout = {"stft.conv_real.weight": torch.zeros(3)}
+    for theirs, ours in published_modules().items():
+        for name, value in model.get_submodule(ours).state_dict().items():
+            if name == "bn2.weight":                                  # they use |w| + 1e-5
+                value = (value - 1e-5) * (-1) ** torch.arange(len(value))
+            layout[f"{theirs}.{name.replace('bn2.', 'abn2.')}"] = value
+
+    # The heads are one convolution, interleaved.
+    for kind in ("weight", "bias"):
+        heads = [getattr(model.heads[name], kind).data for name in ("mask", "p_r", "p_i", "q")]
+        layout[f"after_conv2.{kind}"] = torch.stack(heads, dim=1).flatten(0, 1)
+    return layout
+
+def test_a_file_of_the_published_layout_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "resunet143_ismir2021_accompaniment_16.8dB_350k_steps.pth"
+    _, model = as_if_trained("ResUNetDecouple+", targets=("vocals",))
+    for name in ("mask", "p_r", "p_i", "q"):
+        model.heads[name].bias.data.normal_()
+    torch.save({"step": 350_000, "model": as_published(model)}, path)
+    monkeypatch.setattr(mss, "Config", TinyConfig)
+
+    config, read, state = mss.load_checkpoint(path)
+
+    assert config == TinyConfig(targets=("accompaniment",))
+    assert state == {"step": 350_000}
+    found = read.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-6), name
 
 # ---- Several models at once ---------------------------------------------------------------------
 
@@ -2154,6 +2229,18 @@ def test_what_not_even_ffmpeg_reads_is_named(tmp_path):
     with pytest.raises(mss.UserError, match="broken.m4a.*neither by soundfile nor by ffmpeg"):
         mss.read_audio(tmp_path / "broken.m4a")
 
+@pytest.mark.parametrize("given, channels, expected", [
+    ([[1.0, 2.0], [3.0, 6.0]], 2, [[1.0, 2.0], [3.0, 6.0]]),
+    ([[1.0, 2.0], [3.0, 6.0]], 1, [[2.0, 4.0]]),
+    ([[1.0, 2.0]], 2, [[1.0, 2.0], [1.0, 2.0]]),
+], ids=["as it is", "stereo to mono", "mono to stereo"])
+def test_mono_is_doubled_and_stereo_averaged(given, channels, expected):
+    assert mss.to_channels(torch.tensor(given), channels).tolist() == expected
+
+def test_other_numbers_of_channels_are_refused():
+    with pytest.raises(mss.UserError, match="2 channels expected, or 1; found 3"):
+        mss.to_channels(torch.zeros(3, 10), 2)
+
 def write_mp3(path, *pieces, mode):
     """Write an MP3; of constant or variable bit rate, each frame as long as its sound needs."""
     audio = torch.cat(pieces, dim=1)
@@ -2822,6 +2909,31 @@ def test_an_average_soon_forgets_the_first_weights(step, share):
     assert average.weight.item() == pytest.approx(share)
     assert average.running_mean.item() == pytest.approx(share)
 
+@pytest.fixture(scope="session")
+def averaged(songs, tmp_path_factory):
+    """OUT of a single step with averaged weights."""
+    out = tmp_path_factory.mktemp("runs") / "averaged"
+    train_well(*quick(songs, out, steps=1, lr=0.1, warmup=1, ema=0.9))
+    return out
+
+def test_the_first_step_counts_as_the_first_in_the_average(averaged):
+    last = content(averaged / "last.pt")
+    torch.manual_seed(0)
+    initial = mss.MODELS["UNetDecouple+"](mss.Config(**last["config"])).state_dict()
+
+    name = "heads.q.weight"
+    expected = torch.lerp(initial[name], last["raw"][name], 9 / 11)
+    assert (last["raw"][name] - initial[name]).abs().max() > 0.05
+    assert torch.allclose(last["model"][name], expected, rtol=0, atol=1e-6)
+
+def test_the_average_is_what_is_kept_as_the_best(averaged):
+    last = content(averaged / "last.pt")
+
+    best = weights(averaged / "best.pt")
+
+    assert equal(best, last["model"])
+    assert not equal(best, last["raw"])
+
 # ---- Training: a step ---------------------------------------------------------------------------
 
 def gradient_of_a_step(batches, *words):
@@ -3306,6 +3418,34 @@ def test_a_last_that_no_run_has_saved_is_named(songs, eight):
     change_checkpoint(eight / "last.pt", forget)
 
     fails(train.main, *flags(songs, eight), saying=("last.pt", "another checkpoint", "optimizer"))
+
+@pytest.mark.parametrize("words, expected", (
+    (["5000"], (5000, math.inf)),
+    (["600s"], (math.inf, 600)),
+    (["5000", "600s"], (5000, 600)),
+    (["1.5s", "7", "900s"], (7, 1.5))))
+def test_saves_are_steps_or_seconds_apart(words, expected):
+    assert parsed("--save-every", *words).save_every == expected
+
+def test_a_run_saves_whenever_the_seconds_are_over(songs, tmp_path, monkeypatch):
+    """In a run whose steps take a second."""
+    now = [0.0]
+    saved = set()
+
+    def step(*words):
+        now[0] += 1
+        return 1.0, 1.0, [0, 0, 0]
+
+    def save(path, config, model, step, **state):
+        saved.add(step)
+
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(mss, "save_checkpoint", save)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    train_well(*quick(songs, tmp_path, save_every="2.5s", validate_every=99))
+
+    assert saved == {3, 6, 8}
 
 # ---- Training: a full disk ----------------------------------------------------------------------
 
@@ -4021,6 +4161,13 @@ def test_a_rate_of_no_simple_ratio_is_named(checkpoint, tmp_path):
 
     is_refused(checkpoint, tmp_path / "bad.wav", "44056 Hz: two sample rates in a simpler")
 
+def test_a_truncated_rf64_file_is_refused(checkpoint, tmp_path):
+    bad = tmp_path / "bad.wav"
+    soundfile.write(bad, noise(1000, 2).numpy(), RATE, "FLOAT", format="RF64")
+    os.truncate(bad, 4000)
+
+    is_refused(checkpoint, bad, "truncated")
+
 def test_samples_that_are_not_numbers_are_refused(checkpoint, tmp_path):
     samples = np.full((9000, 2), np.nan, "float32")
     soundfile.write(tmp_path / "bad.wav", samples, RATE, "FLOAT")
@@ -4173,6 +4320,13 @@ def test_rescaled_stems_share_a_gain_that_lets_none_clip(checkpoint, too_loud):
     assert torch.allclose(vocals + accompaniment, gain * mixture, rtol=0, atol=1e-3)
     assert peak_of_stems(folder) == pytest.approx(1, abs=1e-6)
     assert not list(folder.parent.rglob(".partial*"))
+
+def test_rescaling_makes_nothing_louder(checkpoint, song):
+    folder, stdout = separate_song(checkpoint, song, "--clip-mode", "rescale")
+
+    check_stems(folder, song)
+    assert peak_of_stems(folder) < 0.9
+    assert "all stems x" not in stdout
 
 def test_mp3_has_no_16_bits(checkpoint, loud):
     fails(separate.main, loud, "-m", checkpoint, "--ext", "mp3", "--int16",
