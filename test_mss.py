@@ -53,6 +53,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import baselines
 import evaluate
@@ -379,6 +380,35 @@ def test_batch_norms_are_the_published_codes(name):
     norms = batch_norms(without_memory(mss.Config(model=name)))
 
     assert {(norm.momentum, norm.eps) for norm in norms.values()} == {(0.01, 1e-5)}
+
+@pytest.mark.parametrize("name", ["UNet", "ResUNetDecouple+"])
+def test_the_first_weights_are_xaviers_and_the_first_biases_zero(name):
+    _, model = small(name, width=8)
+
+    for path, parameter in model.named_parameters():
+        if path.endswith("bias"):
+            assert not parameter.any(), path
+        elif parameter.dim() == 4:
+            fans = sum(parameter.shape[:2]) * parameter[0, 0].numel()
+            bound = (6 / fans) ** 0.5                                 # of a uniform distribution
+            assert 0.7 * bound < parameter.abs().max() <= bound, path
+        else:
+            assert (parameter == 1).all(), path
+
+def test_a_unets_block_is_two_convolutions_each_with_norm_and_leaky_relu():
+    block = mss.ConvBlock(2, 3).eval()
+    first, norm, _, second, another_norm, _ = block
+    x = noise(1, 2, 5, 5, scale=1)
+    norm.running_mean.fill_(0.3)
+    another_norm.running_mean.fill_(-0.2)
+
+    expected = norm(F.conv2d(x, first.weight, padding=1))
+    expected = torch.where(expected > 0, expected, 0.01 * expected)
+    expected = another_norm(F.conv2d(expected, second.weight, padding=1))
+    expected = torch.where(expected > 0, expected, 0.01 * expected)
+
+    with torch.no_grad():
+        assert torch.allclose(block(x), expected, rtol=0, atol=1e-5)
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_takes_any_length(name):
@@ -1232,6 +1262,67 @@ def test_a_file_of_the_published_layout_is_read(tmp_path, monkeypatch):
     found = read.state_dict()
     for name, value in model.state_dict().items():
         assert torch.allclose(found[name], value, rtol=0, atol=1e-6), name
+
+def published_output(w, x, window, hop):
+    """The published network's forward pass, written down from its code, on its own parameters."""
+    def norm(x, name, weight):
+        return F.batch_norm(x, w[f"{name}.running_mean"], w[f"{name}.running_var"], weight,
+                            w[f"{name}.bias"], eps=1e-5)
+
+    def conv_block(x, name):
+        y = F.leaky_relu(norm(x, f"{name}.bn1", w[f"{name}.bn1.weight"]), 0.01)
+        y = F.conv2d(y, w[f"{name}.conv1.weight"], padding=1)
+        y = F.leaky_relu(norm(y, f"{name}.abn2", w[f"{name}.abn2.weight"].abs() + 1e-5), 0.01)
+        y = F.conv2d(y, w[f"{name}.conv2.weight"], padding=1)
+        if f"{name}.shortcut.weight" in w:
+            x = F.conv2d(x, w[f"{name}.shortcut.weight"], w[f"{name}.shortcut.bias"])
+        return x + y
+
+    def four_blocks(x, name, first=1):
+        for j in range(first, first + 4):
+            x = conv_block(x, f"{name}.conv_block{j}")
+        return x
+
+    hann = torch.hann_window(window)
+    X = torch.stft(x[0], window, hop, window=hann, return_complex=True)           # (C, F, T)
+    magnitude = (X.real ** 2 + X.imag ** 2).clamp(min=1e-10).sqrt()
+    frames = X.shape[2]
+
+    x = norm(magnitude.transpose(0, 1)[None], "bn0", w["bn0.weight"])             # (1, F, C, T)
+    x = F.pad(x.permute(0, 2, 3, 1), (0, -1, 0, -frames % 32))                    # (1, C, T, F - 1)
+    skips = []
+    for i in range(1, 7):
+        skips.append(four_blocks(x, f"encoder_block{i}"))
+        x = F.avg_pool2d(skips[-1], (1, 2) if i == 6 else (2, 2))
+    for letter in "abcd":
+        x = four_blocks(x, f"conv_block7{letter}")
+    for i in range(1, 7):
+        x = F.relu(norm(x, f"decoder_block{i}.bn1", w[f"decoder_block{i}.bn1.weight"]))
+        stride = (1, 2) if i == 1 else (2, 2)
+        x = F.conv_transpose2d(x, w[f"decoder_block{i}.conv1.weight"], stride=stride)
+        x = four_blocks(torch.cat([x, skips.pop()], dim=1), f"decoder_block{i}", first=2)
+    x = four_blocks(x, "after_conv_block1")
+    x = F.conv2d(x, w["after_conv2.weight"], w["after_conv2.bias"])               # (1, 4 C, T, F-1)
+
+    maps = F.pad(x[0, :, :frames], (0, 1)).transpose(1, 2).unflatten(0, (-1, 4))
+    mask, p_r, p_i, q = maps.unbind(1)                                            # (C, F, T)
+    size = F.relu(magnitude * torch.sigmoid(mask) + q)
+    length = (p_r.tanh() ** 2 + p_i.tanh() ** 2).sqrt().clamp(min=1e-10)
+    turn = torch.complex(p_r.tanh() / length, p_i.tanh() / length)
+    return torch.istft(size * turn * X / magnitude, window, hop, window=hann)
+
+def test_the_network_is_the_published_one():
+    _, model = as_if_trained("ResUNetDecouple+", targets=("vocals",))
+    for parameter in model.parameters():
+        parameter.data.add_(noise(*parameter.shape, scale=0.05))
+    x = noise(1, 2, 40 * 64, scale=1)
+
+    with torch.inference_mode():
+        y = model(x)[0, 0]
+        expected = published_output(as_published(model), x, 256, 64)
+
+    assert expected.std() > 0.05
+    assert mss.sdr(expected, y) > 90                                  # rounding: 110 and more
 
 # ---- Several models at once ---------------------------------------------------------------------
 
