@@ -464,6 +464,14 @@ def test_a_row_comes_back_from_its_checkpoint(name, tmp_path):
     assert not model_read.training
     assert equal(model.state_dict(), model_read.state_dict())
 
+def test_weights_of_half_precision_are_read_as_float32(tmp_path):
+    config, model = small()
+    mss.save_checkpoint(tmp_path / "half.pt", config, model.half())
+
+    _, read, _ = mss.load_checkpoint(tmp_path / "half.pt")
+
+    assert {parameter.dtype for parameter in read.parameters()} == {torch.float32}
+
 # The norm of the bins stays; in ResUNets also those before the first convolution of each RCB, of
 # which 17 blocks have four, and before the six transposed convolutions.
 RESUNETS_NORMS = 1 + 17 * 4 + 6
@@ -501,6 +509,19 @@ def test_folding_changes_nothing_but_rounding(name):
 
     assert plain.abs().max() > 0.005
     assert mss.sdr(plain, folded) > 80
+
+def test_heads_are_of_one_target_after_the_other():
+    _, model = small("UNet", targets=PAIR)
+    nn.init.zeros_(model.heads["mask"].weight)
+    model.heads["mask"].bias.data = torch.tensor([50.0, 50.0, -50.0, -50.0])
+    x = noise(1, 2, 640)
+
+    with torch.inference_mode():
+        vocals, accompaniment = model.eval()(x)[0]
+
+    # But for the highest bin, which is left out.
+    assert mss.sdr(x[0], vocals) > 10
+    assert not accompaniment.abs().max() > 1e-6
 
 def in_bf16(model, mixture):
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
@@ -625,6 +646,22 @@ def test_a_stream_is_separated_as_the_track(segment, overlap):
 
         whole = mss.separate_track(Identity(), x, segment, overlap)
         assert torch.equal(torch.cat(blocks, dim=-1), whole)
+
+@pytest.mark.parametrize("stride, expected", [(1, 900), (256, 768), (900, 900), (4096, 900)])
+def test_segments_begin_a_stride_apart_if_one_fits(stride, expected):
+    assert mss.grid_hop(1000, 100, stride, 50) == expected
+
+def test_a_track_is_separated_in_bf16():
+    class Witness(Identity):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(x).bfloat16()
+
+    seen = []
+    y = mss.separate_track(Witness(), noise(2, 1000), bf16=True)
+
+    assert seen == [True]
+    assert y.dtype == torch.float32
 
 def test_a_cross_fade_has_real_context_on_both_sides():
     y = mss.separate_track(Alternating(), torch.zeros(2, 1800), segment=1000, overlap=200)[0, 0]
@@ -1758,6 +1795,18 @@ def test_a_stem_mp4_is_decoded_once(tmp_path, monkeypatch):
 
     assert mss.musdb_tracks(root, "train", cache=tmp_path) == before
 
+def test_the_streams_of_a_stem_mp4_have_musdb18s_order(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(mss, "run_ffmpeg", lambda path, *output: commands.append(output))
+
+    mss.decode_stem_mp4("song.stem.mp4", tmp_path)
+
+    (words,) = commands
+    streams = [word for word in words if str(word).startswith("0:")]
+    files = [word.stem for word in words if isinstance(word, Path)]
+    assert streams == ["0:a:0", "0:a:1", "0:a:2", "0:a:3", "0:a:4"]
+    assert files == ["mixture", "drums", "bass", "other", "vocals"]
+
 def test_a_stem_mp4_without_ffmpeg_says_so_and_leaves_nothing(tmp_path, monkeypatch):
     song = tmp_path / "root" / "test" / "A - B.stem.mp4"
     song.parent.mkdir(parents=True)
@@ -2205,6 +2254,26 @@ def test_what_a_short_song_lacks_is_silence():
     assert (mixture[:, :20] == 2).all()
     assert not mixture[:, 20:].any()
 
+def test_a_stereo_song_becomes_mono_for_a_mono_model():
+    config = mss.Config(channels=1)
+
+    mixture, targets = mss.Segments([Constant(1)], config, seconds=10 / RATE, mix_audio=1)[0]
+
+    assert (mixture.shape, targets.shape) == ((1, 10), (1, 1, 10))
+    assert (mixture == 2).all()
+
+class Unreadable(Constant):
+    def load(self, source, start, frames):
+        raise OSError("gone")
+
+def test_ten_songs_in_a_row_that_cannot_be_read_are_too_many():
+    segments = mss.Segments([Unreadable(1)], mss.Config(), seconds=10 / RATE)
+
+    with pytest.raises(mss.UserError, match="constant: gone"):
+        segments[0]
+
+    assert segments.unreadable.tolist() == [9]                        # and the tenth
+
 def watch_augmentations(monkeypatch, **changes):
     """Let all augmentations do nothing but note themselves -> [(name, samples given)]."""
     calls = []
@@ -2302,6 +2371,28 @@ def test_a_part_before_the_file_is_refused(start, frames, tmp_path):
     with pytest.raises(mss.UserError, match="a whole number from -?. on expected"):
         mss.read_audio(tmp_path / "noise.wav", start, frames)
 
+@pytest.mark.parametrize("frames, form", [(400_000_000, "WAV"), (600_000_000, "RF64")])
+def test_a_wav_of_over_4_gb_to_come_is_an_rf64(frames, form, tmp_path):
+    path = tmp_path / "long.wav"
+
+    with mss.write_blocks(path, RATE, 2, frames) as write:
+        write(noise(2, 10))
+
+    assert soundfile.info(path).format == form
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_is_ignored_stays_so(name):
+    """As SIGHUP under nohup."""
+    if not hasattr(signal, name):
+        pytest.skip("Windows has no SIGHUP")
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        mss.unwind_on_signals()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
 @needs_ffmpeg
 def test_ffmpeg_reads_what_soundfile_does_not(tmp_path):
     mss.write_audio(tmp_path / "tone.wav", noise(2, RATE), RATE)
@@ -2349,11 +2440,12 @@ def assert_separated_as_long_as_it_plays(song, checkpoint):
     played, _ = soundfile.read(song)
     assert soundfile.info(song).frames > len(played)
 
-    code, _, _ = call(separate.main, song, "-m", checkpoint, "-o", song.parent)
+    code, _, err = call(separate.main, song, "-m", checkpoint, "-o", song.parent)
 
     mixture, _ = mss.read_audio(song)
     assert mixture.shape == (2, len(played))
     assert code == 0
+    assert "truncated?" in err
     vocals, accompaniment = stems(song.with_suffix(""))
     assert vocals.shape == mixture.shape
     assert torch.allclose(vocals + accompaniment, mixture, rtol=0, atol=1e-6)
@@ -2857,6 +2949,19 @@ def test_flags_overrule_a_recipe():
 
     assert (args.loss, args.clip, args.augment) == ("l1", 0, [])
 
+def test_augmentations_have_their_own_order():
+    assert parsed("--augment", "gain", "shift").augment == ["shift", "gain"]
+
+def test_a_scheduler_that_counts_processes_starts_none(monkeypatch):
+    """WORLD_SIZE alone, without torchrun's RANK, says nothing about this process."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    spec = importlib.util.spec_from_file_location("train_of_a_scheduler", HERE / "train.py")
+    module = importlib.util.module_from_spec(spec)
+
+    spec.loader.exec_module(module)
+
+    assert (module.RANK, module.WORLD) == (0, 1)
+
 # ---- Training: losses, against numpy ------------------------------------------------------------
 
 # Estimates and targets (B, S, C, L); one source is silent.
@@ -3194,6 +3299,32 @@ def test_hours_end_a_run(songs, tmp_path):
     assert "out of --hours at step 1" in stdout
     assert content(tmp_path / "last.pt")["step"] == 1
 
+@pytest.fixture
+def steady(monkeypatch):
+    """Steps take a second each, by a clock of ours, and learn nothing; the loss is their number."""
+    seconds = [0.0]
+
+    def step(network, optimizer, batches, args, flags):
+        seconds[0] += 1
+        return seconds[0], 0.5, list(map(float, flags))
+
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
+
+def test_hours_are_hours(songs, tmp_path, steady):
+    stdout = train_well(*quick(songs, tmp_path, hours=2.5 / 3600, save_every=99, validate_every=99))
+
+    # Before step 4 three seconds have passed.
+    assert "out of --hours at step 4" in stdout
+
+def test_a_row_of_the_log_holds_the_means_since_the_last(songs, tmp_path, steady):
+    train_well(*quick(songs, tmp_path, save_every=99, validate_every=99))
+
+    assert column(tmp_path, "loss") == [1.5, 3.5, 5.5, 7.5]
+    assert column(tmp_path, "grad_norm") == [0.5] * 4
+    assert column(tmp_path, "ms_per_step") == [1000] * 4
+    assert column(tmp_path, "data_wait") == [0] * 4
+
 def kill_after_a_save(words, last, seconds):
     """Start a run, and kill -9 it that long after its first save -> the step that it saved."""
     before = 0
@@ -3298,6 +3429,30 @@ def test_a_worse_validation_leaves_the_best(songs, eight, monkeypatch):
 
     assert read_csv(eight / "log.csv")[-1]["step"] == "9"
     assert (eight / "best.pt").read_bytes() == before
+
+def test_a_validation_is_the_median_of_its_songs_and_the_mean_of_their_usdr(monkeypatch):
+    _, model = small()
+    tracks = [types.SimpleNamespace(name="song", score=score) for score in (1.0, 2.0, 6.0)]
+    seen = []
+
+    def separated(model, track, bf16):
+        seen.append((model.training, bf16))
+        return None, None
+
+    def compare(track, mixture, estimates):
+        def scores(sdr):
+            return {"vocals": {"SDR": np.array([sdr]), "uSDR": 10 + sdr}}
+        return {"estimate": scores(track.score), "mixture": scores(-track.score)}, None, None
+
+    monkeypatch.setattr(evaluate, "separated", separated)
+    monkeypatch.setattr(evaluate, "compare", compare)
+
+    scores = train.validate(model.train(), tracks, False, [])
+
+    assert scores == {
+        "valid_sdr_vocals": 2, "valid_mixture_sdr_vocals": -2, "valid_usdr_vocals": 13}
+    assert seen == [(False, False)] * 3
+    assert model.training
 
 def test_silent_validation_songs_are_refused_at_the_start(songs, tmp_path):
     root = shutil.copytree(songs, tmp_path / "root")
@@ -3518,25 +3673,18 @@ def test_a_last_that_no_run_has_saved_is_named(songs, eight):
 def test_saves_are_steps_or_seconds_apart(words, expected):
     assert parsed("--save-every", *words).save_every == expected
 
-def test_a_run_saves_whenever_the_seconds_are_over(songs, tmp_path, monkeypatch):
-    """In a run whose steps take a second."""
-    now = [0.0]
+def test_a_run_saves_whenever_the_seconds_are_over(songs, tmp_path, steady, monkeypatch):
     saved = set()
-
-    def step(*words):
-        now[0] += 1
-        return 1.0, 1.0, [0, 0, 0]
-
-    def save(path, config, model, step, **state):
-        saved.add(step)
-
-    monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(mss, "save_checkpoint", save)
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(mss, "save_checkpoint", lambda *words, **state: saved.add(state["step"]))
 
     train_well(*quick(songs, tmp_path, save_every="2.5s", validate_every=99))
 
     assert saved == {3, 6, 8}
+
+def test_a_chart_has_its_highest_value_at_the_top():
+    chart = train.svg([{"loss": [(5, 1.0), (15, 3.0), (25, 2.0)]}], width=100, height=50)
+
+    assert 'points="10.0,80.0 60.0,30.0 110.0,55.0"' in chart
 
 # ---- Training: a full disk ----------------------------------------------------------------------
 
@@ -3961,6 +4109,15 @@ def test_a_second_signal_ends_a_run_at_once(clock):
         signal.raise_signal(signal.SIGINT)
     assert stop.value.code == 130
 
+def test_a_signal_that_is_ignored_stops_no_run(clock):
+    """As SIGHUP under nohup; SIGTERM stands for it here."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    caught = train.catch_signals()
+    signal.raise_signal(signal.SIGTERM)
+
+    assert caught == []
+
 def test_a_second_signal_within_two_seconds_is_the_first_ones(clock):
     caught = train.catch_signals()
     signal.raise_signal(signal.SIGINT)
@@ -3990,6 +4147,12 @@ def test_one_network_learns_several_targets(four):
     for target in config.targets:
         assert math.isfinite(state[f"valid_sdr_{target}"])
 
+def test_the_best_of_several_targets_is_that_of_their_mean(four):
+    best = content(four / "best.pt")
+
+    mean = np.mean([best[f"valid_sdr_{target}"] for target in best["config"]["targets"]])
+    assert content(four / "last.pt")["best"] == pytest.approx(mean, abs=1e-9)
+
 def test_the_curve_has_a_line_for_each_target(four):
     assert drawn_lines(four) == [2, 2, 2, 2, 2]
 
@@ -4002,6 +4165,12 @@ def test_a_run_begins_with_the_weights_given(songs, four, tmp_path):
     assert tuned_config == config
     for ours, theirs in zip(tuned.parameters(), model.parameters()):
         assert (ours - theirs).abs().max() < 1e-5
+
+def test_weights_to_begin_with_bring_their_rate_and_channels(tmp_path):
+    config, model = small(window=512, sample_rate=48000, channels=1)
+    mss.save_checkpoint(tmp_path / "init.pt", config, model)
+
+    assert train.config_of(parsed("--init", str(tmp_path / "init.pt"))) == config
 
 def test_weights_for_other_numbers_of_targets_are_refused(songs, four, tmp_path):
     fails(train.main, *unless_told(songs, tmp_path, init=four / "best.pt", source="vocals"),
@@ -4024,12 +4193,19 @@ def test_weights_for_another_residual_are_refused(songs, tmp_path):
 
 @pytest.mark.parametrize("changes, words", (
     pytest.param(dict(width=4), ("--width 2", "this command: 4"), id="width"),
+    pytest.param(dict(lr=0.5), ("--lr 0.001", "this command: 0.5"), id="learning rate"),
+    pytest.param(dict(ema=0.5), ("--ema 0.0", "this command: 0.5"), id="average"),
+    pytest.param(dict(batch_size=4), ("--batch-size 2", "this command: 4"), id="batch size"),
     pytest.param(dict(seed=4), ("--seed 0", "this command: 4"), id="seed")))
 def test_a_run_of_other_settings_is_left_alone(songs, trained, changes, words):
     before = (trained / "last.pt").read_bytes()
 
     fails(train.main, *flags(songs, trained, **changes), saying=words)
     assert (trained / "last.pt").read_bytes() == before
+
+def test_a_run_in_another_precision_is_left_alone(songs, trained):
+    fails(train.main, *flags(songs, trained), "--bf16",
+          saying=("--bf16 False", "this command: True"))
 
 def test_a_run_on_other_songs_is_left_alone(begun_by_two, trained):
     before = (trained / "last.pt").read_bytes()
@@ -4051,6 +4227,12 @@ def test_a_run_on_songs_of_ones_own_is_not_gone_on_with_on_the_built_in_ones(tra
     pytest.param(dict(source="vocal"), ("vocal", "accompaniment"), id="unknown source"),
     pytest.param(dict(source="vocals,vocals"), ("--source", "vocals,vocals"), id="source twice"),
     pytest.param(dict(accumulate=3), ("--batch-size", "multiples of 3"), id="uneven parts"),
+    pytest.param(dict(window=1000), ("--window 1000", "multiple of 512"), id="uneven window"),
+    pytest.param(dict(segment=0.05), ("--segment 0.05", "0.1"), id="segment of a few frames"),
+    pytest.param(dict(ema=1), ("--ema 1", "below 1"), id="average that never moves"),
+    pytest.param(dict(save_every=0), ("--save-every",), id="saves all the time"),
+    pytest.param(dict(clip=-1), ("--clip",), id="negative norm"),
+    pytest.param(dict(seed=-1), ("--seed",), id="negative seed"),
     pytest.param(dict(musdb="x"), ("x: ", "no folder"), id="absent songs")))
 def test_train_refuses(songs, tmp_path, changes, words):
     fails(train.main, *flags(songs, tmp_path / "run", **changes), saying=words)
@@ -4198,6 +4380,46 @@ def test_blocks_of_a_file_equal_the_whole_in_memory(checkpoint, tmp_path):
 
     vocals, _ = mss.read_audio(tmp_path / "vocals.wav")
     assert torch.equal(vocals, mss.separate_track(model, mixture)[0])
+
+def test_the_options_reach_the_network(tmp_path):
+    class Witness(Identity):
+        def forward(self, x):
+            seen.append((tuple(x.shape), torch.is_autocast_enabled("cpu")))
+            return super().forward(x)
+
+    seen = []
+    mss.write_audio(tmp_path / "song.wav", noise(2, 8100), RATE)
+    options = separate.Options(segment=1000, overlap=100, batch_size=4, bf16=True)
+
+    separate.separate_file(Witness(), tmp_path / "song.wav", tmp_path, options)
+
+    shapes = [shape for shape, _ in seen]
+    assert shapes == [(4, 2, 1000), (4, 2, 1000), (1, 2, 900)]
+    assert all(bf16 for _, bf16 in seen)
+
+def test_progress_goes_from_nothing_to_everything(checkpoint, tmp_path):
+    _, model, _ = mss.load_checkpoint(checkpoint)
+    mss.write_audio(tmp_path / "song.wav", noise(2, 14 * RATE), RATE)
+    shares = []
+
+    separate.separate_file(model, tmp_path / "song.wav", tmp_path, progress=shares.append)
+
+    assert shares == sorted(shares)
+    assert len(shares) > 2
+    assert 0 < shares[0] < 1
+    assert shares[-1] == 1
+
+def test_progress_tells_the_time_that_is_left(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(time, "time", lambda: 100.0)
+    progress = separate.Progress("song.wav")
+    monkeypatch.setattr(time, "time", lambda: 110.0)
+
+    progress(0.25)
+
+    assert "song.wav:  25%, 30 s left" in terminal.getvalue()
 
 def is_refused(checkpoint, song, word):
     """The song must be named as the failure, with the word, and leave nothing behind."""
@@ -4358,6 +4580,24 @@ def test_wav_files_sum_to_the_song_up_to_their_rounding(
     assert inside.float().mean() > 0.9
     assert (vocals + accompaniment - mixture)[inside].abs().max() <= tolerance
 
+def test_flac_may_have_16_bits(checkpoint, song):
+    folder, _ = separate_song(checkpoint, song, "--ext", "flac", "--int16")
+
+    assert soundfile.info(folder / "vocals.flac").subtype == "PCM_16"
+
+def test_a_flac_cannot_be_empty(checkpoint, tmp_path):
+    mss.write_audio(tmp_path / "empty.wav", noise(2, 0), RATE)
+
+    fails(separate.main, tmp_path / "empty.wav", "-m", checkpoint, "-o", tmp_path / "out",
+          "--ext", "flac", saying=("empty.wav", "more than 0 s expected"))
+
+def test_a_peak_may_be_negative(tmp_path):
+    blocks = [[torch.tensor([[0.5, -3.0]])], [torch.tensor([[0.25, 0.5]])]]
+
+    done, peak = separate.write_stems([tmp_path / "a.wav"], blocks, RATE, 1, 4, "FLOAT")
+
+    assert (done, peak) == (4, 3.0)
+
 @pytest.mark.parametrize("ext, subtype, error", [
     ("flac", "PCM_24", 1e-3),
     ("mp3", "MPEG_LAYER_III", 0.3),
@@ -4404,7 +4644,9 @@ def test_clipping_is_noticed(flags, checkpoint, too_loud):
 def test_rescaled_stems_share_a_gain_that_lets_none_clip(checkpoint, too_loud):
     folder, stdout = separate_song(checkpoint, too_loud, "--int24", "--clip-mode", "rescale")
 
-    gain = float(re.search(r"all stems x ([\d.]+)", stdout)[1])
+    gain, decibels = re.search(r"all stems x ([\d.]+) \((.*?) dB\)", stdout).groups()
+    gain = float(gain)
+    assert float(decibels) == pytest.approx(20 * math.log10(gain), abs=0.02)
     mixture, _ = mss.read_audio(too_loud)
     vocals, accompaniment = stems(folder)
     assert gain < 0.25
@@ -4685,6 +4927,18 @@ def test_what_killed_processes_left_is_removed_at_the_next_start(checkpoint, son
     separate_song(checkpoint, song)
 
     assert [path for path in tmp_path.rglob(".partial-*")] == [partials[-1]]
+
+def test_songs_whose_names_differ_in_case_get_folders_of_their_own():
+    songs = separate.find_songs([Path("x/song.wav"), Path("y/Song.wav")], Path("out"))
+
+    folders = {str(folder).casefold() for _, folder in songs}
+    assert len(folders) == 2
+
+def test_a_folders_name_ends_neither_in_dots_nor_in_blanks():
+    """Windows would drop them."""
+    songs = separate.find_songs([Path("x/song. ..wav")], Path("out"))
+
+    assert songs == [(Path("x/song. ..wav"), Path("out/song"))]
 
 def test_waiting_ends_when_another_process_is_ready():
     store = torch.distributed.HashStore()
