@@ -2224,6 +2224,14 @@ def test_the_mixture_and_the_target_are_the_sums_of_what_was_drawn(target):
     assert (mixture == total).all()
     assert (targets == of_target).all()
 
+def test_the_accompaniment_beside_its_parts_is_what_the_vocals_leave():
+    config = mss.Config(targets=("accompaniment", "vocals", "bass"))
+
+    mixture, targets = mss.Segments([Constant(1)], config, seconds=10 / RATE)[0]
+
+    assert (mixture == 7).all()
+    assert targets[:, 0, 0].tolist() == [5, 2, 1]
+
 @pytest.mark.parametrize("target", ["vocals", "bass"])
 def test_every_position_of_every_song_is_as_likely(target):
     tracks = [Constant(1), Constant(100)]
@@ -2349,11 +2357,21 @@ def test_a_part_of_a_file_is_read(suffix, tmp_path):
 
     assert torch.equal(mss.read_audio(path, 300, 50)[0], whole[:, 300:350])
     assert torch.equal(mss.read_audio(path, 990, 50)[0], whole[:, 990:])
+    assert mss.read_audio(path, 2000, 50)[0].shape == (2, 0)
 
 def test_a_file_may_hold_no_samples(tmp_path):
     mss.write_audio(tmp_path / "empty.wav", noise(2, 0), RATE)
 
     assert mss.read_audio(tmp_path / "empty.wav")[0].shape == (2, 0)
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_samples_that_are_not_finite_are_not_read(value, tmp_path):
+    samples = np.zeros((1000, 2), "float32")
+    samples[500, 1] = value
+    soundfile.write(tmp_path / "bad.wav", samples, RATE, "FLOAT")
+
+    with pytest.raises(mss.UserError, match="NaN or infinity at sample 500"):
+        mss.read_audio(tmp_path / "bad.wav")
 
 def test_samples_that_are_not_finite_are_not_written(tmp_path):
     audio = noise(2, 1000)
