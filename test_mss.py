@@ -22,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import base64
 import contextlib
 import csv
+import dataclasses
 import errno
 import functools
 import hashlib
