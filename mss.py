@@ -407,7 +407,7 @@ def as_floats(samples, dtype=torch.float32):
 def as_audio(samples):
     """What as_floats takes, as (C, L) -> (C, L) float32. UserError for other shapes."""
     x = as_floats(samples)
-    if x.dim() != 2 or not 1 <= len(x) <= 8:
+    if x.dim() != 2 or not 1 <= len(x) <= max(8, x.shape[1]):         # or more likely (L, C)
         raise UserError("audio as (C, L), channels first, such as (2, 44100), expected, found "
                         f"shape {tuple(x.shape)}")
     return x
