@@ -272,6 +272,8 @@ def name_folders(found, out):
 
 # ---- The command --------------------------------------------------------------------------------
 
+checkpoint_path = mss.checkpoint_path           # older notebooks look for it here
+
 def clean(out, folders):
     """Remove what killed processes left in the songs' folders, and one level below `out`."""
     with contextlib.suppress(OSError):
@@ -284,7 +286,7 @@ def list_models():
         print(f"{name}: {target}, {mss.complement(target)}; {target} {sdr} dB SDR (museval, "
               "MUSDB18 test, by the file's name); 461 MB; trained on MUSDB18, for non-commercial "
               "use (Zenodo 5513378)")
-    card = mss.load_checkpoint(mss.checkpoint_path("default"))[2]
+    card = mss.load_checkpoint(checkpoint_path("default"))[2]
     print(f"default: {card['about']}; {card['licence']}")
 
 def build_parser():
