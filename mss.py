@@ -1367,6 +1367,8 @@ AUDIO = {"." + ending for ending in (
 OTHER_AUDIO = {"." + ending for ending in (
     "mid midi kar rmi xm s3m m4p aa aax aaxc ofr ofs la raw pcm sd2 vox band aup aup3").split()}
 
+BLOCK = 1 << 18         # samples that are read at a time
+
 def run_ffmpeg(path, *output, options=(), why=""):
     """Run `ffmpeg *options -i path *output`. UserError where the program is missing or fails.
 
@@ -1405,17 +1407,19 @@ def read_to_end(path):
     """Decode a whole file -> (the samples that come, whether more sound seems to follow them).
 
     What a header says of the length is a claim. What can be decoded, and whether the decoder has
-    then come to the end of the file, are facts.
+    then come to the end of the file, are facts. Raises soundfile.SoundFileError for damaged files.
     """
     with open(path, "rb", buffering=0) as raw:
         with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
-            frames = 0
-            while count := len(file.read(1 << 16, dtype="float32")):
-                frames += count
+            counts = []
+            while count := len(file.read(BLOCK, dtype="float32")):
+                counts.append(count)
             rest = raw.read(1024)
+    if any(count < BLOCK for count in counts[:-1]):                   # Ogg: pages are missing
+        raise soundfile.SoundFileError("samples are missing in the middle")
 
     # Chunks and tags behind the sound begin with a word, such as LIST, TAG or APETAGEX.
-    return frames, len(rest) == 1024 and not re.match(rb"\0?[\w ]{4}", rest)
+    return sum(counts), len(rest) == 1024 and not re.match(rb"\0?[\w ]{4}", rest)
 
 def length_is_a_guess(file, path):
     """Whether an MP3 lacks the header that states its length."""
@@ -1439,7 +1443,7 @@ def open_soundfile(path, whole):
     stated = file.frames
     try:
         file.frames, more = read_to_end(path)
-    except soundfile.LibsndfileError as error:
+    except soundfile.SoundFileError as error:
         file.close()
         return None, f"damaged, perhaps truncated: {error}"
 
@@ -1555,7 +1559,7 @@ def read_samples(file, frames, start=None):
                         f"{place}, or one above 1e12")
     return torch.from_numpy(audio.T.copy())
 
-def read_blocks(file, start=0, frames=None, block=1 << 18):
+def read_blocks(file, start=0, frames=None, block=BLOCK):
     """Yield `frames` samples from `start` on (default: all) as (C, <= block): one at least."""
     frames = file.frames - start if frames is None else frames
     for done in range(0, max(frames, 1), block):
