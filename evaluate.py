@@ -7,6 +7,7 @@
 DIR holds the estimates of any system: DIR/test/Artist - Title/vocals.wav ...
 """
 import base64
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -58,14 +59,14 @@ def correlations(pieces):
     margin = first.new_zeros(len(first), TAPS - 1)
     song = mss.Lookahead(itertools.chain([margin, first], channels, [margin]))
 
-    cross = 0
+    cross = torch.zeros(len(first), len(first) // 2, BLOCK // 2 + 1, dtype=torch.cdouble)
     while (x := song.peek(step + 2 * (TAPS - 1))).shape[-1] > 2 * (TAPS - 1):
         rest = -(x.shape[-1] - 2 * (TAPS - 1)) % hop
         x = F.pad(x, (0, rest)).double()
         s = x[:len(x) // 2, TAPS - 1:1 - TAPS].unflatten(-1, (-1, hop))
         X = torch.fft.rfft(x.unfold(-1, BLOCK, hop))                  # (2 S C, blocks, bins)
         S = torch.fft.rfft(s, BLOCK).conj()
-        cross = cross + torch.einsum("ntf,mtf->nmf", X, S)
+        cross += torch.einsum("ntf,mtf->nmf", X, S)
         song.drop(step)
     return torch.fft.irfft(cross, BLOCK)[..., :2 * TAPS - 1]
 
@@ -133,15 +134,15 @@ def bss_eval(references, estimates, rate, filters=True):
         return y[:, part].transpose(1, 2)
 
     group = list(range(sources))
-    (scores, _, _), = score_pieces(read_s, {read_y: filters}, [group], rate, length)
+    (scores, _, _), = score_pieces(read_s, [read_y], [group], rate, length, filters)
     return scores
 
-def score_pieces(read_s, systems, groups, rate, length):
+def score_pieces(read_s, systems, groups, rate, length, filters):
     """BSS Eval v4 of several systems' estimates of a song of `length` samples, read in pieces.
 
-    read_s(slice) -> references (S, C, n). systems: {read_y: whether it gets ISR, SIR, SAR}, where
-    read_y(slice) -> estimates. groups: of sources that are evaluated together; a source is scored
-    as one of the first group that has it.
+    read_s(slice) -> references (S, C, n). systems: functions read_y(slice) -> estimates; `filters`:
+    whether the first of them gets ISR, SIR, SAR. groups: of sources that are evaluated together; a
+    source is scored as one of the first group that has it.
 
     -> for each system bss_eval's scores and, of the whole song, |s|^2 and |y - s|^2, both (S,).
     """
@@ -149,11 +150,16 @@ def score_pieces(read_s, systems, groups, rate, length):
     count = max(1, length // size)
     step = size * max(1, PIECE // size)
     parts = [slice(t, min(t + step, length)) for t in range(0, max(length, 1), step)]
+
+    # The song is read once, with filters twice. One array for all: small ones, made between large
+    # ones, would scatter the memory.
     sources = len(set().union(*groups))
-    energies = frame_energies(read_s, systems, parts, size, sources)
+    energies = np.zeros((len(systems), 3, sources, max(1, -(-length // size))))
+    pieces = measured(read_s, systems, parts, size, energies)
+    r = correlations(pieces) if filters else collections.deque(pieces, maxlen=0)
 
     results = []
-    for (read_y, filters), (of_s, of_error, sound) in zip(systems.items(), energies):
+    for of_s, of_error, sound in energies:
         if not np.isfinite(of_s + of_error).all():
             raise mss.UserError("finite samples expected, found NaN or infinity")
 
@@ -162,58 +168,60 @@ def score_pieces(read_s, systems, groups, rate, length):
             counted[group] = sound[group, :count].all(axis=0)
 
         scores = {"SDR": mss.decibels(of_s, of_error)[:, :count]}     # eq. 5
-        if filters:
+        if filters and not results:
             scores.update({name: np.full(counted.shape, np.nan) for name in METRICS[1:]})
-        if filters and counted.any():
-            def pieces(read_y=read_y):
-                return ((read_s(part), read_y(part)) for part in parts)
-
-            add_projections(scores, pieces, groups, counted, size)
+            if counted.any():
+                again = ((read_s(part), systems[0](part)) for part in parts)
+                add_projections(scores, r, again, groups, counted, size)
         for values in scores.values():
             values[~counted] = np.nan
         results.append((scores, of_s.sum(1), of_error.sum(1)))
     return results
 
-def frame_energies(read_s, systems, parts, size, sources):
-    """|s|^2, |y - s|^2 and whether both sound, of each frame -> (systems, 3, S, frames) float64.
+def measured(read_s, systems, parts, size, energies):
+    """Yield the pieces of the references and of the first system, (S, C, n), and fill `energies`.
 
-    An incomplete last frame is one of them.
+    (systems, 3, S, frames): |s|^2, |y - s|^2, and whether both sound. An incomplete last frame is
+    one of them.
     """
-    # One array: small ones, made between large ones, would keep the large ones' memory apart.
-    found = np.zeros((len(systems), 3, sources, max(1, -(-parts[-1].stop // size))))
     for part in parts:
-        s = in_frames(read_s(part), size)                             # (S, frames, C, size)
+        piece = read_s(part), systems[0](part)
+        s = in_frames(piece[0], size)                                 # (S, frames, C, size)
         frames = slice(part.start // size, part.start // size + s.shape[1])
+        energies[:, 0, :, frames] = energy(s)
+        s_sounds = sounds(s)
         for k, read_y in enumerate(systems):
-            y = in_frames(read_y(part), size)
-            error = y - s
-            found[k, 0, :, frames] = s.square().sum((2, 3))
-            found[k, 1, :, frames] = error.square().sum((2, 3))
-            found[k, 2, :, frames] = sounds(s) & sounds(y)
-    return found
+            y = in_frames(read_y(part) if k else piece[1], size)
+            energies[k, 2, :, frames] = s_sounds & sounds(y)
+            energies[k, 1, :, frames] = energy(y.sub_(s))
+        yield piece
 
 def in_frames(x, size):
     """(S, C, n) -> (S, frames, C, size) float64; zeros fill up the last frame."""
     frames = max(1, -(-x.shape[-1] // size))
-    x = F.pad(x.double(), (0, frames * size - x.shape[-1]))
+    missing = frames * size - x.shape[-1]
+    x = F.pad(x, (0, missing)).double() if missing else x.to(torch.double, copy=True)
     return x.unflatten(-1, (frames, size)).transpose(1, 2)
+
+def energy(x):
+    """(S, frames, C, size) -> (S, frames)"""
+    return x.square().sum((2, 3))
 
 def sounds(x):
     """In which frames of (S, frames, C, size) the channels don't sum to 0 at each sample."""
-    return x.sum(2).any(-1)
+    return sum(x.unbind(2)).any(-1)
 
-def add_projections(scores, pieces, groups, counted, size):
+def add_projections(scores, r, pieces, groups, counted, size):
     """ISR, SIR and SAR of the frames that `counted` (S, frames) says, to `scores`.
 
-    pieces() yields references and estimates, (S, C, n). An estimate is projected on its own
-    reference and its delayed copies (own), and on those of all references of its group (all): what
-    is lost on the way is error in space, interference and artefacts.
+    r: correlations of the pieces, references and estimates (S, C, n). An estimate is projected on
+    its own reference and its delayed copies (own), and on those of all references of its group
+    (all): what is lost on the way is error in space, interference and artefacts.
     """
     sources, frames = counted.shape
     n_fft = -(-(size + TAPS - 1) // 1024) * 1024                      # quick to transform
 
     # The filters, of whole songs.
-    r = correlations(pieces())
     r_ss, r_ys = r.unflatten(1, (sources, -1)).unflatten(0, (2, sources, -1))     # (S, C, S, C, k)
 
     def filters(estimates, references):
@@ -239,7 +247,7 @@ def add_projections(scores, pieces, groups, counted, size):
                     for X in (signal, error)]
         return mss.decibels(*energies)
 
-    pairs = (pair for s, y in pieces() for pair in zip(s.split(size, -1), y.split(size, -1)))
+    pairs = (pair for s, y in pieces for pair in zip(s.split(size, -1), y.split(size, -1)))
     for t, (s_t, y_t) in zip(range(frames), pairs):                   # (S, C, size)
         if not counted[:, t].any():
             continue
@@ -286,7 +294,8 @@ class Stored:
     def __getitem__(self, where):
         start, stop, _ = where[1].indices(self.shape[1])
         audio = mss.to_channels(self.load(start, stop - start), self.shape[0])
-        return F.pad(audio, (0, stop - start - audio.shape[1]))
+        missing = stop - start - audio.shape[1]
+        return F.pad(audio, (0, missing)) if missing else audio       # else it would copy, too
 
 def stored(track, source, channels):
     """A source of a track, as Stored."""
@@ -301,11 +310,11 @@ def stored_file(file, first, channels, frames):
         return mss.read_samples(file, n, None if here else place)
     return Stored(load, channels, frames)
 
-def score(references, systems, rate, filters=()):
+def score(references, systems, rate, filters=False):
     """{target: audio} and {system: {target: audio}} -> {system: {target: scores}}.
 
-    Audio is (C, L), a tensor or Stored. Scores are {"SDR": [dB per frame], ..., "uSDR": dB}, of the
-    systems in `filters` also "ISR", "SIR", "SAR". uSDR (MDX21, SDX23): 1e-7 is added to both
+    Audio is (C, L), a tensor or Stored. Scores are {"SDR": [dB per frame], ..., "uSDR": dB}, with
+    filters of the first system also "ISR", "SIR", "SAR". uSDR (MDX21, SDX23): 1e-7 is added to both
     energies of the whole song; NaN where the reference is silent.
     """
     groups = evaluated_together(next(iter(systems.values())))
@@ -315,9 +324,9 @@ def score(references, systems, rate, filters=()):
     def reader(signals):
         return lambda part: torch.stack([signals[name][:, part] for name in targets])
 
-    readers = {reader(estimates): system in filters for system, estimates in systems.items()}
+    readers = [reader(estimates) for estimates in systems.values()]
     length = references[targets[0]].shape[1]
-    found = score_pieces(reader(references), readers, groups, rate, length)
+    found = score_pieces(reader(references), readers, groups, rate, length, filters)
 
     results = {}
     for system, (frames, loudness, error) in zip(systems, found):
@@ -416,7 +425,7 @@ def compare(track, mixture, estimates, filters=False):
     estimates = complemented(mixture, estimates)
     references = {name: stored(track, name, mixture.shape[0]) for name in estimates}
     systems = {"estimate": estimates, "mixture": dict.fromkeys(estimates, mixture)}
-    scores = score(references, systems, track.sample_rate, ("estimate",) if filters else ())
+    scores = score(references, systems, track.sample_rate, filters)
     return scores, references, estimates
 
 # ---- Oracles: what ideal masks reach (sections 2.5 and 2.6 of the paper) ------------------------

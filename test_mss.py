@@ -5310,6 +5310,23 @@ def test_groups_are_musevals(with_silent_bass):
     counted = {name: np.isfinite(values["SDR"]).sum() for name, values in scores.items()}
     assert counted == {"vocals": 3, "accompaniment": 3, "bass": 2, "drums": 2, "other": 2}
 
+def test_vocals_are_scored_beside_the_accompaniment_and_stems_beside_stems(with_silent_bass):
+    """With filters, too, and all in one go."""
+    references, estimates = ({name: audio[:1] for name, audio in of.items()}
+                             for of in with_silent_bass)
+
+    def scored(*names):
+        systems = {"system": {name: estimates[name] for name in names}}
+        return evaluate.score(references, systems, 1000, filters=True)["system"]
+
+    together = scored(*evaluate.TARGETS)
+
+    for group, names in ((PAIR, PAIR), (mss.SOURCES, mss.SOURCES[1:])):
+        alone = scored(*group)
+        for name in names:
+            for metric in evaluate.METRICS:
+                assert together[name][metric] == pytest.approx(alone[name][metric], nan_ok=True)
+
 def test_an_accompaniment_without_vocals_is_scored_by_itself(with_silent_bass):
     references, estimates = with_silent_bass
     estimates = {name: estimates[name] for name in ("accompaniment", "drums")}
