@@ -59,7 +59,7 @@ def correlations(pieces):
     margin = first.new_zeros(len(first), TAPS - 1)
     song = mss.Lookahead(itertools.chain([margin, first], channels, [margin]))
 
-    cross = torch.zeros(len(first), len(first) // 2, BLOCK // 2 + 1, dtype=torch.cdouble)
+    cross = first.new_zeros(len(first), len(first) // 2, BLOCK // 2 + 1, dtype=torch.cdouble)
     while (x := song.peek(step + 2 * (TAPS - 1))).shape[-1] > 2 * (TAPS - 1):
         rest = -(x.shape[-1] - 2 * (TAPS - 1)) % hop
         x = F.pad(x, (0, rest)).double()
@@ -151,8 +151,8 @@ def score_pieces(read_s, systems, groups, rate, length, filters):
     step = size * max(1, PIECE // size)
     parts = [slice(t, min(t + step, length)) for t in range(0, max(length, 1), step)]
 
-    # The song is read once, with filters twice. One array for all: small ones, made between large
-    # ones, would scatter the memory.
+    # The song is read once, with filters twice. One array holds all energies: small ones that stay
+    # between large ones would hinder the C library from reusing the large ones' memory.
     sources = len(set().union(*groups))
     energies = np.zeros((len(systems), 3, sources, max(1, -(-length // size))))
     pieces = measured(read_s, systems, parts, size, energies)
@@ -685,7 +685,7 @@ def player(label, audio, rate):
 def loudest(audio, n):
     """Where the n samples of (C, L) with the highest energy begin, to a hundredth of n."""
     hop = max(1, n // 100)
-    energies = [torch.zeros(1)]
+    energies = [torch.zeros(1, device="cpu")]
     for start in range(0, audio.shape[-1] - hop + 1, 100 * hop):
         part = audio[:, start:start + 100 * hop].double().square().sum(0)
         energies.append(part[:len(part) // hop * hop].unflatten(0, (-1, hop)).sum(1))
