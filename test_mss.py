@@ -3565,8 +3565,10 @@ def test_best_is_the_highest_validation(trained):
     assert state["step"] == int(best["step"])
     assert state["valid_sdr_vocals"] == float(best["valid_sdr_vocals"])
 
-def test_the_sdr_of_best_is_evaluates(songs, trained):
-    _, model, state = mss.load_checkpoint(trained / "best.pt")
+@pytest.mark.parametrize("run", ["trained", "averaged"])
+def test_the_sdr_of_best_is_evaluates(run, songs, request):
+    """Also of averaged weights."""
+    _, model, state = mss.load_checkpoint(request.getfixturevalue(run) / "best.pt")
     track, = mss.musdb_tracks(songs, "valid")
 
     scores, _, _ = evaluate.compare(track, *evaluate.separated(model, track))
