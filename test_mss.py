@@ -1693,7 +1693,7 @@ def test_a_shorter_stem_is_continued_by_silence(drums):
     track, = mss.musdb_tracks(drums.parents[2], "train")
 
     assert track.frames == 3 * RATE
-    assert torch.equal(track.load("drums", 100), torch.nn.functional.pad(audio, (0, 3 * RATE - 500))[:, 100:])
+    assert torch.equal(track.load("drums", 100), F.pad(audio, (0, 3 * RATE - 500))[:, 100:])
     assert not track.load("drums", 1000, 50).any()
 
 def test_stems_of_unequal_length_are_told_of_once(drums, capsys):
@@ -3620,6 +3620,24 @@ def test_the_log_of_a_run_whose_checkpoint_is_gone_is_kept(songs, eight):
     assert (eight / "log-1.csv").read_text() == "an older one"
     assert (eight / "log-2.csv").read_bytes() == old
 
+def test_a_validation_that_is_to_be_done_again_is_not_in_the_log(tmp_path):
+    """It was logged, but the run was killed before last.pt said so."""
+    (tmp_path / "log.csv").write_text("step,loss,valid_sdr_vocals\n3,0.5,\n3,,1.0\n4,0.5,\n")
+    args = types.SimpleNamespace(out=tmp_path, source=("vocals",))
+
+    log = train.Log(args, train.Run({}, step=3, validated=0))
+
+    assert [(row["step"], row["loss"]) for row in log.rows] == [("3", "0.5")]
+
+def test_a_row_of_the_log_is_of_the_steps_that_were_finite(songs, tmp_path, monkeypatch):
+    results = iter([(1.0, 2.0), (math.nan, 3.0), (3.0, math.inf), (5.0, 7.0)])
+    monkeypatch.setattr(train, "train_step", lambda *words: (*next(results), [0, 0, 0]))
+
+    train_well(*quick(songs, tmp_path, steps=4, save_every=99, validate_every=99))
+
+    assert column(tmp_path, "loss") == [1.0, 4.0]
+    assert column(tmp_path, "grad_norm") == [2.5, 7.0]
+
 def drawn_lines(folder):
     """The number of points of each line in a run's curve.svg."""
     root = xml.etree.ElementTree.parse(folder / "curve.svg").getroot()
@@ -3894,6 +3912,28 @@ def test_a_dead_worker_is_replaced(songs, tmp_path, capfd, watchful, at):
     for step, mixture in enumerate(mixtures):
         expected = torch.stack([segments[2 * step][0], segments[2 * step + 1][0]])
         assert torch.equal(mixture, expected)
+
+def test_the_parts_of_a_step_have_examples_of_their_own(songs, tmp_path):
+    args = train.parse(quick(songs, tmp_path, steps=3, batch_size=4, accumulate=2))
+    segments = mss.Segments(mss.musdb_tracks(songs, "train"), mss.Config(), args.segment)
+
+    parts = [mixture for mixture, _ in train.loader(segments, args, 1)]
+
+    expected = [segments[i][0] for i in range(4, 12)]                 # of steps 2 and 3
+    assert torch.equal(torch.cat(parts), torch.stack(expected))
+    assert len(parts) == 4
+
+def test_workers_may_die_at_two_places(songs, tmp_path, watchful):
+    args = train.parse(quick(songs, tmp_path, workers=1, steps=8))
+    segments = mss.Segments(mss.musdb_tracks(songs, "train"), mss.Config(), args.segment)
+
+    count = 0
+    for _ in train.loader(segments, args, 0):
+        count += 1
+        if count in (1, 5):
+            multiprocessing.active_children()[0].kill()
+
+    assert count == 8
 
 class Deadly(torch.utils.data.Dataset):
     """Ends the process that reads it, as the kernel does where memory is short."""
@@ -4254,7 +4294,7 @@ def test_a_run_on_songs_of_ones_own_is_not_gone_on_with_on_the_built_in_ones(tra
     pytest.param(dict(source="vocal"), ("vocal", "accompaniment"), id="unknown source"),
     pytest.param(dict(source="vocals,vocals"), ("--source", "vocals,vocals"), id="source twice"),
     pytest.param(dict(accumulate=3), ("--batch-size", "multiples of 3"), id="uneven parts"),
-    pytest.param(dict(window=1000), ("--window 1000", "multiple of 512"), id="uneven window"),
+    pytest.param(dict(window=1000, hop=100), ("--window 1000", "multiple of 512"), id="window"),
     pytest.param(dict(segment=0.05), ("--segment 0.05", "0.1"), id="segment of a few frames"),
     pytest.param(dict(ema=1), ("--ema 1", "below 1"), id="average that never moves"),
     pytest.param(dict(save_every=0), ("--save-every",), id="saves all the time"),
