@@ -1670,7 +1670,7 @@ def sinc_kernel(up, down):
     """The windowed sinc of each of the `up` output phases: ((up, 1, down + 2 half), half)."""
     scale = min(1.0, up / down)                                       # the lower rate / the input's
     half = math.ceil(ZEROS / scale)
-    if up * (down + 2 * half) > 1 << 25:
+    if up * (down + 2 * half) > 1 << 24:
         raise UserError(f"two sample rates in a simpler ratio than {up}:{down} expected")
 
     # Where each tap of each phase lies, in input samples, 0 being the output sample.
