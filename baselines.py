@@ -1,16 +1,20 @@
-"""The networks of the systems that the paper's are compared with: Wave-U-Net, DPRNN and PM-Unet.
+"""The networks of the systems that the paper's are compared with.
 
-The Wave-U-Nets map waveforms (B, C, L) to (B, S, C, L), the others complex spectrograms
-(B, C, T, F) to (B, S, C, T, F). mss.MODELS gives them names, train.RECIPES says what they are
-trained with. Each is made by Network(channels, [bins of a spectrogram,] sources, width, residual),
-of which it may not need all, and has
+The Wave-U-Nets map waveforms (B, C, L) to (B, S, C, L), DPRNN, PM-Unet and Open-Unmix complex
+spectrograms (B, C, T, F) to (B, S, C, T, F). mss.MODELS gives them names, train.RECIPES says what
+they are trained with. Each is made by Network(channels, [bins of a spectrogram,] sources, width,
+residual), of which it may not need all, and has
 
     STRIDE    inputs that begin a multiple of it apart, in samples or frames, are sampled alike;
               DPRNN and PM-Unet also normalise over all that they see, so that all of it matters
     residual  the number of the source that is what the others leave of the mixture, or None
 
+MobileUNet is none of them: it takes the place of the paper's UNet.
+
 B batch, S sources, C audio channels, L samples, T frames, F bins, D features.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -384,10 +388,157 @@ class PMUnetConv(PMUnet):
     """The same, without LSTMs."""
     BOTTLENECK = Bottleneck
 
+# ---- Open-Unmix ---------------------------------------------------------------------------------
+
+class OpenUnmixTarget(nn.Module):
+    """|X| (B, C, T, F) -> the mask of one source (B, C, T, F), 0 or more: a BLSTM of three layers.
+
+    It reads the bins up to 16 kHz of 44.1. The parameters have their published names.
+    """
+
+    def __init__(self, channels, bins, width):
+        super().__init__()
+        self.bins_read = int(16000 / 22050 * (bins - 1)) + 1          # 1487 of 2049
+        self.input_mean = nn.Parameter(torch.zeros(self.bins_read))   # with a minus sign
+        self.input_scale = nn.Parameter(torch.ones(self.bins_read))
+        self.fc1 = nn.Linear(channels * self.bins_read, width, bias=False)
+        self.bn1 = nn.BatchNorm1d(width)
+        self.lstm = nn.LSTM(
+            width, width // 2, 3, batch_first=True, dropout=0.4, bidirectional=True)
+        self.fc2 = nn.Linear(2 * width, width, bias=False)
+        self.bn2 = nn.BatchNorm1d(width)
+        self.fc3 = nn.Linear(width, channels * bins, bias=False)
+        self.bn3 = nn.BatchNorm1d(channels * bins)
+        self.output_scale = nn.Parameter(torch.ones(bins))
+        self.output_mean = nn.Parameter(torch.ones(bins))
+
+    def forward(self, magnitude):
+        B, C, T, _ = magnitude.shape
+        x = (magnitude[..., :self.bins_read] + self.input_mean) * self.input_scale
+        x = x.transpose(1, 2).reshape(B * T, -1)                      # (B T, C F')
+        x = torch.tanh(self.bn1(self.fc1(x)))                         # (B T, D)
+        recurrent, _ = self.lstm(x.view(B, T, -1))
+        x = torch.cat([x, recurrent.flatten(0, 1)], dim=1)            # (B T, 2 D)
+        x = F.relu(self.bn2(self.fc2(x)))
+        x = self.bn3(exactly(self.fc3, x, magnitude))                 # (B T, C F)
+        x = x.view(B, T, C, -1).transpose(1, 2)
+        return F.relu(x * self.output_scale + self.output_mean)
+
+def wiener(X, Y, epsilon=1e-10):
+    """Mixture (B, C, T, F), estimates (B, S, C, T, F) -> better ones: one iteration of EM.
+
+    A source is a power for each bin times a covariance of the channels for each frequency.
+    """
+    scale = (X.abs().amax((1, 2, 3), keepdim=True) / 10).clamp(min=1)
+    X, Y = X / scale, Y / scale[:, None]
+    power = Y.abs().square().mean(2)                                  # (B, S, T, F)
+    R = torch.einsum("bsctf,bsdtf->bsfcd", Y, Y.conj())
+    R = R / (epsilon + power.sum(2))[..., None, None]                 # (B, S, F, C, C)
+
+    # Y = power R (the sum of all power R)^-1 X
+    covariance = torch.einsum("bstf,bsfcd->btfcd", power.to(R.dtype), R)
+    covariance = covariance + math.sqrt(epsilon) * torch.eye(X.shape[1], device=X.device)
+    x = torch.linalg.solve(covariance, X.permute(0, 2, 3, 1))         # (B, T, F, C)
+    Y = power[:, :, None] * torch.einsum("bsfcd,btfd->bsctf", R, x)
+    return Y * scale[:, None]
+
+class OpenUnmix(nn.Module):
+    """(B, C, T, F) -> (B, S, C, T, F): Stoeter et al. 2019, a network for each source.
+
+    Where the sources make up the mixture a Wiener filter follows, for every 300 frames by
+    themselves; not in training, where each network learns its source's magnitudes.
+    """
+    STRIDE = 300                                                      # frames
+
+    def __init__(self, channels, bins, sources, width, residual=None):
+        super().__init__()
+        self.residual = None
+        self.filtered = residual is not None
+        self.networks = nn.ModuleList()
+        for _ in range(sources):
+            self.networks.append(OpenUnmixTarget(channels, bins, width))
+
+    def forward(self, X):
+        magnitude = X.abs()
+        masks = [network(magnitude) for network in self.networks]
+        Y = torch.stack(masks, dim=1) * X[:, None]                    # (B, S, C, T, F)
+        if self.training or not self.filtered:
+            return Y
+        windows = zip(X.split(self.STRIDE, dim=2), Y.split(self.STRIDE, dim=3))
+        return torch.cat([wiener(x, y) for x, y in windows], dim=3)
+
+# ---- MobileNet ----------------------------------------------------------------------------------
+
+def separable(i, o):
+    """(B, i, T, F) -> (B, o, T, F): 1x1, 3x3 on each feature by itself, 1x1."""
+    return nn.Sequential(
+        nn.BatchNorm2d(i),
+        nn.LeakyReLU(0.01, True),
+        nn.Conv2d(i, o, 1, bias=False),
+        nn.BatchNorm2d(o),
+        nn.LeakyReLU(0.01, True),
+        nn.Conv2d(o, o, 3, padding=1, groups=o, bias=False),
+        nn.BatchNorm2d(o),
+        nn.LeakyReLU(0.01, True),
+        nn.Conv2d(o, o, 1, bias=False),
+    )
+
+class MobileBlock(nn.Module):
+    """(B, i, T, F) -> (B, o, T, F): two separable convolutions, each with a shortcut."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.parts = nn.ModuleList([separable(i, o), separable(o, o)])
+        self.shortcut = nn.Identity() if i == o else nn.Conv2d(i, o, 1)
+
+    def forward(self, x):
+        x = self.shortcut(x) + self.parts[0](x)
+        return x + self.parts[1](x)
+
+class MobileUNet(nn.Module):
+    """(B, C, T, F) -> (B, width, T, F): a U-Net like the paper's, of 0.3 million parameters.
+
+    MobileNet_Subbandtime of github.com/bytedance/music_source_separation. F is a multiple of 64,
+    T of frame_multiple.
+    """
+    STRIDES = ((2, 2), (2, 2), (2, 2), (2, 2), (2, 2), (1, 2))        # of each pooling: (T, F)
+    frame_multiple = 32
+
+    def __init__(self, channels, width):
+        super().__init__()
+        widths = [width] + 5 * [2 * width]
+        self.encoders = nn.ModuleList()
+        for i, o in zip([channels, *widths], widths):
+            self.encoders.append(MobileBlock(i, o))
+        self.bottleneck = MobileBlock(widths[-1], widths[-1])
+        self.up = nn.ModuleList()
+        self.decoders = nn.ModuleList()
+        for i, o, stride in zip([widths[-1], *reversed(widths)], reversed(widths),
+                                reversed(self.STRIDES)):
+            self.up.append(nn.Sequential(
+                nn.BatchNorm2d(i, momentum=0.01),
+                nn.LeakyReLU(0.01, True),
+                nn.Conv2d(i, o, 1, bias=False),
+                nn.Upsample(scale_factor=stride),                     # the nearest
+            ))
+            self.decoders.append(MobileBlock(2 * o, o))
+        self.after = MobileBlock(width, width)
+
+    def forward(self, x):
+        skips = []
+        for encoder, stride in zip(self.encoders, self.STRIDES):
+            skips.append(encoder(x))                                  # (B, D_i, T / 2^i, F / 2^i)
+            x = F.avg_pool2d(skips[-1], stride)
+        x = self.bottleneck(x)
+        for up, decoder in zip(self.up, self.decoders):
+            x = decoder(torch.cat([up(x), skips.pop()], dim=1))
+        return self.after(x)                                          # (B, width, T, F)
+
 # What gradient checkpointing computes again (train.py --checkpoint-blocks).
 BLOCKS = (
     WaveBlock,
     WaveBlock12,
     RecurrentBlock,
     Inception,
+    MobileBlock,
 )

@@ -68,7 +68,8 @@ RATE = 44100
 TABLE_3 = (
     "UNetPhase", "UNet", "UNetDecouple", "UNetDecouple+", "ResUNet", "ResUNetDecouple",
     "ResUNetDecouple+")
-RELATIVES = ("Wave-U-Net", "Wave-U-Net-12", "DPRNN", "PM-Unet", "PM-Unet-conv")
+RELATIVES = ("Wave-U-Net", "Wave-U-Net-12", "DPRNN", "PM-Unet", "PM-Unet-conv", "Open-Unmix")
+SUBBANDS = ("ResUNetDecouple+-subband", "MobileNet-subband")
 ROWS = tuple(mss.MODELS)
 PAIR = ("vocals", "accompaniment")
 PATIENCE = 3600         # s until a subprocess counts as hanging, however slow the machine
@@ -293,7 +294,7 @@ def test_the_first_rows_are_table_3s():
     assert tuple(mss.MODELS)[:7] == TABLE_3
 
 def test_the_other_rows_are_the_relatives_and_have_recipes():
-    assert tuple(mss.MODELS)[7:12] == RELATIVES
+    assert tuple(mss.MODELS)[7:] == RELATIVES + SUBBANDS
     assert set(train.RECIPES) <= set(mss.MODELS)
 
 @pytest.mark.parametrize("name, layers, maps", [
@@ -334,6 +335,10 @@ def test_a_row_of_table_3_is_as_large_as_published(name, parameters):
     ("DPRNN", "vocals", 4_675_593),
     ("PM-Unet", "vocals,bass,drums,other", 53_674_992),
     ("PM-Unet-conv", "vocals,bass,drums,other", 41_605_872),
+    ("Open-Unmix", "vocals", 8_893_348),
+    ("Open-Unmix", "vocals,bass,drums,other", 4 * 8_893_348),
+    ("ResUNetDecouple+-subband", "vocals", 102_572_466),
+    ("MobileNet-subband", "vocals", 306_418),
 ])
 def test_a_relative_is_as_large_as_published(name, sources, parameters):
     args = train.parse(["--musdb", "songs", "--model", name, "--source", sources])
@@ -342,13 +347,22 @@ def test_a_relative_is_as_large_as_published(name, sources, parameters):
 
     assert size(model) == parameters
 
+def test_the_larger_open_unmix_is_as_large_as_published():
+    config = mss.Config("Open-Unmix", width=1024, window=4096, hop=1024)
+
+    assert size(without_memory(config)) == 28_257_188
+
+def script_of(path):
+    """A Python file, imported."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """A file with the published weights' keys and shapes, and made-up values."""
-    script = data("published_resunet143") / "make_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("make_checkpoint", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script_of(data("published_resunet143") / "make_checkpoint.py")
     name = "resunet143_ismir2021_accompaniment_16.8dB_350k_steps.pth"
     path = tmp_path_factory.mktemp("published") / name
     torch.save(module.checkpoint(), path)
@@ -410,6 +424,128 @@ def test_a_unets_block_is_two_convolutions_each_with_norm_and_leaky_relu():
 
     with torch.no_grad():
         assert torch.allclose(block(x), expected, rtol=0, atol=1e-5)
+
+@pytest.fixture(scope="session")
+def relatives(tmp_path_factory):
+    """A function: a network, targets -> files in its published layout, with made-up values."""
+    module = script_of(data("published_relatives") / "make_checkpoints.py")
+    folder = tmp_path_factory.mktemp("relatives")
+
+    def write(network, *targets):
+        paths = [folder / f"{network}-{target}.pth" for target in targets]
+        for path, target in zip(paths, targets):
+            if network == "umxhq":
+                content = module.state(network, f"{target}/")
+            else:
+                content = {"step": 500_000, "model": module.state(network)}
+            torch.save(content, path)
+        return paths
+
+    yield write
+    shutil.rmtree(folder)                                             # 550 MB
+
+@pytest.mark.parametrize("network, row, parameters", [
+    ("mobilenet", "MobileNet-subband", 306_418),
+    ("resunet143_subband", "ResUNetDecouple+-subband", 102_572_466),
+])
+def test_a_published_subband_networks_output_comes_back(relatives, network, row, parameters):
+    fixture = np.load(data("published_relatives") / "fixture.npz")
+    (path,) = relatives(network, "accompaniment")
+
+    config, model, state = mss.load_checkpoint(path)
+
+    assert (config.model, config.targets) == (row, ("accompaniment",))
+    assert size(model) == parameters
+    assert state["step"] == 500_000
+    expected = fixture[f"{network}_y"]
+    with torch.inference_mode():
+        y = model(torch.from_numpy(fixture[f"{network}_x"]))[:, 0].numpy()
+        folded = mss.fold_batch_norms(model)
+        y_folded = folded(torch.from_numpy(fixture[f"{network}_x"]))[:, 0].numpy()
+    assert np.abs(expected).max() > 0.1
+    assert np.abs(y - expected).max() < 2e-6
+    assert np.abs(y_folded - expected).max() < 2e-6
+
+def test_open_unmixs_output_comes_back(relatives):
+    """In float64: float32's rounding is a millionth, here and in the published code's output."""
+    fixture = np.load(data("published_relatives") / "fixture.npz")
+    names = ("vocals", "drums", "bass", "other")
+    alone = [mss.load_checkpoint(path)[1] for path in relatives("umxhq", *names)]
+    together = mss.join_open_unmix(alone)
+    mixture = torch.from_numpy(fixture["umxhq_x"]).double()
+
+    with torch.inference_mode():
+        plain = torch.cat([model.double()(mixture) for model in alone], dim=1)[..., ::16]
+        filtered = together.double()(mixture)[..., ::16]
+
+    assert together.config.targets == names
+    assert np.abs(plain.numpy() - fixture["umxhq_y0_every_16th"]).max() < 1e-6
+    assert np.abs(filtered.numpy() - fixture["umxhq_y1_every_16th"]).max() < 1e-6
+
+@pytest.mark.parametrize("length", (0, 1, 3, 4, 64, 4001, 4002, 4003))
+def test_a_waveform_comes_back_from_its_bands(length):
+    x = noise(1, 2, length, scale=1)
+    bank = mss.FilterBank()
+
+    bands = bank.split(x)
+    y = bank.join(bands[:, None], length)[:, 0]
+
+    assert bands.shape == (1, 8, math.ceil(length / 4) + 16)
+    assert y.shape == x.shape
+    assert torch.allclose(x, y, rtol=0, atol=1e-3)
+    if length > 4000:
+        assert mss.sdr(x, y) > 80
+
+@pytest.mark.parametrize("band", range(4))
+def test_a_sine_is_in_its_band(band):
+    frequency = (band + 0.5) * RATE / 8
+    sine = torch.sin(2 * math.pi * frequency / RATE * torch.arange(RATE / 4))
+
+    bands = mss.FilterBank().split(sine[None, None])[0]
+
+    power = bands[:, 100:-100].square().mean(dim=1)
+    assert power[band] == pytest.approx(0.5, rel=0.01)
+    assert power.sum() - power[band] < 1e-4
+
+def test_the_wiener_filter_is_the_textbooks():
+    X = spectrogram(0, 1, 2, 5, 3) * 40                               # loud: scaled, too
+    Y = spectrogram(2, 1, 3, 2, 5, 3) * 10
+
+    filtered = baselines.wiener(X, Y).numpy()
+
+    x, y = X[0].numpy().astype("complex128"), Y[0].numpy().astype("complex128")
+    scale = abs(x).max() / 10
+    assert scale > 1
+    for f in range(3):
+        v = (abs(y[..., f] / scale) ** 2).mean(axis=1)                # (S, T)
+        R = np.einsum("sct,sdt->scd", y[..., f], y[..., f].conj()) / scale ** 2
+        R /= (1e-10 + v.sum(axis=1))[:, None, None]
+        for t in range(5):
+            both = v[:, t, None, None] * R
+            inverse = np.linalg.inv(1e-5 * np.eye(2) + both.sum(axis=0))
+            expected = both @ inverse @ x[:, t, f]                    # (S, C)
+            np.testing.assert_allclose(filtered[0, :, :, t, f], expected, rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize("targets", [mss.SOURCES, PAIR], ids=["four stems", "two stems"])
+def test_open_unmix_filters_what_makes_up_the_mixture(targets):
+    _, model = small("Open-Unmix", targets=targets)
+    mixture = noise(1, 2, 8000)
+
+    with torch.inference_mode():
+        y = model.eval()(mixture)
+
+    assert mss.sdr(mixture, y.sum(1)) > 40
+
+def test_open_unmix_filters_no_single_stem():
+    _, model = small("Open-Unmix")
+    model.eval()
+    X = spectrogram(0, 1, 2, 20, 129)
+
+    with torch.inference_mode():
+        Y = model.backbone(X)[:, 0]
+        mask = model.backbone.networks[0](X.abs())
+
+    assert torch.equal(Y, mask * X)
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_takes_any_length(name):
@@ -490,6 +626,9 @@ RESUNETS_NORMS = 1 + 17 * 4 + 6
     ("DPRNN", 0),
     ("PM-Unet", 0),
     ("PM-Unet-conv", 0),
+    ("Open-Unmix", 6),                          # they follow no convolutions
+    ("ResUNetDecouple+-subband", RESUNETS_NORMS),
+    ("MobileNet-subband", 1 + 14 * 2 + 6),      # 14 blocks of two parts
 ])
 def test_folding_merges_all_batch_norms_that_it_can(name, norms):
     _, model = as_if_trained(name)
@@ -497,7 +636,8 @@ def test_folding_merges_all_batch_norms_that_it_can(name, norms):
     left = batch_norms(mss.fold_batch_norms(model))
 
     assert len(left) == norms
-    assert not any(path.endswith("bn2") for path in left)
+    if "ResUNet" in name:
+        assert not any(path.endswith("bn2") for path in left)
 
 @pytest.mark.parametrize("name", ROWS)
 def test_folding_changes_nothing_but_rounding(name):
@@ -1204,12 +1344,24 @@ def test_a_checkpoint_lies_on_the_disk_before_it_has_its_name(checkpoint, monkey
     ("after_conv_block1.conv_block4.bn1.bias", "backbone.after.3.bn1.bias"),
 ])
 def test_a_published_parameter_has_a_name_here(published_name, ours):
-    assert mss.our_name(published_name) == ours
+    assert mss.our_name(published_name, mss.RESUNET_NAMES) == ours
+
+@pytest.mark.parametrize("published_name, ours", [
+    ("encoder_block2.conv_block.conv1a.weight", "backbone.encoders.1.parts.0.2.weight"),
+    ("encoder_block2.conv_block.bn2c.running_var", "backbone.encoders.1.parts.1.6.running_var"),
+    ("encoder_block2.conv_block.shortcut.bias", "backbone.encoders.1.shortcut.bias"),
+    ("conv_block7.conv2b.weight", "backbone.bottleneck.parts.1.5.weight"),
+    ("decoder_block6.conv1.weight", "backbone.up.5.2.weight"),
+    ("decoder_block6.conv_block2.bn1a.bias", "backbone.decoders.5.parts.0.0.bias"),
+    ("after_conv_block1.conv2c.weight", "backbone.after.parts.1.8.weight"),
+])
+def test_a_published_mobilenets_parameter_has_a_name_here(published_name, ours):
+    assert mss.our_name(published_name, mss.MOBILENET_NAMES) == ours
 
 def test_published_heads_are_interleaved():
     weights = {"after_conv2.weight": torch.arange(8), "after_conv2.bias": torch.arange(8) + 10}
 
-    converted = mss.convert_published({"model": weights}, "weights.pth")["model"]
+    converted = mss.convert_separator(weights, mss.RESUNET_NAMES)
 
     assert {name: value.tolist() for name, value in converted.items()} == {
         "heads.mask.weight": [0, 4], "heads.mask.bias": [10, 14],
@@ -1217,13 +1369,21 @@ def test_published_heads_are_interleaved():
         "heads.p_i.weight": [2, 6], "heads.p_i.bias": [12, 16],
         "heads.q.weight": [3, 7], "heads.q.bias": [13, 17]}
 
+def test_published_heads_of_bands_are_interleaved_twice():
+    weights = {"after_conv2.bias": torch.arange(32)}                  # channel, head, band
+
+    converted = mss.convert_separator(weights, mss.RESUNET_NAMES, bands=4)
+
+    assert converted["heads.mask.bias"].tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
+    assert converted["heads.q.bias"].tolist() == [12, 13, 14, 15, 28, 29, 30, 31]
+
 def test_published_in_place_norms_scale_by_absolute_weights():
     block = "encoder_block1.conv_block1"
     values = torch.tensor([-2.0, 0.0, 3.0])
     weights = {f"{block}.abn2.weight": values, f"{block}.abn2.bias": values,
                f"{block}.bn1.weight": values}
 
-    converted = mss.convert_published({"model": weights}, "weights.pth")["model"]
+    converted = mss.convert_separator(weights, mss.RESUNET_NAMES)
 
     expected = torch.tensor([2.0 + 1e-5, 1e-5, 3.0 + 1e-5])
     assert torch.allclose(converted["backbone.encoders.0.0.bn2.weight"], expected, atol=1e-7)
@@ -1234,19 +1394,130 @@ def test_published_fourier_matrices_are_left_out():
     names = ("stft.conv_real.weight", "istft.ola_window", "bn0.weight")
     weights = dict.fromkeys(names, torch.zeros(3))
 
-    converted = mss.convert_published({"model": weights}, "weights.pth")["model"]
+    converted = mss.convert_separator(weights, mss.RESUNET_NAMES)
 
     assert list(converted) == ["norm.weight"]
+
+RESUNET_BLOCKS = (
+    *(f"encoder_block{i}.conv_block{j}" for i in range(1, 7) for j in range(1, 5)),
+    *(f"conv_block7{i}.conv_block{j}" for i in "abcd" for j in range(1, 5)),
+    *(f"decoder_block{i}.conv_block{j}" for i in range(1, 7) for j in range(2, 6)),
+    *(f"after_conv_block1.conv_block{j}" for j in range(1, 5)))
+MOBILENET_BLOCKS = (
+    *(f"encoder_block{i}.conv_block" for i in range(1, 7)), "conv_block7",
+    *(f"decoder_block{i}.conv_block2" for i in range(1, 7)), "after_conv_block1")
+UP = tuple(f"decoder_block{i}" for i in range(1, 7))
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+def published_names(blocks, norms, convolutions):
+    """What a file of ByteSep's has, and some shortcuts more."""
+    names = [f"bn0.{kind}" for kind in NORM]
+    names += [f"{up}.bn1.{kind}" for up in UP for kind in NORM]
+    names += [f"{up}.conv1.weight" for up in UP]
+    for block in blocks:
+        names += [f"{block}.{norm}.{kind}" for norm in norms for kind in NORM]
+        names += [f"{block}.{name}.weight" for name in convolutions]
+        names += [f"{block}.shortcut.{kind}" for kind in ("weight", "bias")]
+    return names
+
+def bytesep_file(separator, names, table, bands):
+    """{published name: value} of a Separator's network, by way of the file's layout."""
+    state = separator.state_dict()
+    weights = {name: state[mss.our_name(name, table)] for name in names
+               if mss.our_name(name, table) in state}
+    for kind in ("weight", "bias"):
+        heads = [state[f"heads.{head}.{kind}"] for head in ("mask", "p_r", "p_i", "q")]
+        rows = [head[i:i + bands] for i in range(0, len(heads[0]), bands) for head in heads]
+        weights[f"after_conv2.{kind}"] = torch.cat(rows)
+    return weights
+
+def tiny_file(row, path):
+    """(a small model of a row, as if trained; its weights in the published layout, in a file)."""
+    words = ["--musdb", "-", "--model", row, "--width", "2", "--source", "vocals"]
+    config = train.config_of(train.parse(words))
+    torch.manual_seed(0)
+    model = mss.MODELS[row](config).eval()
+    for norm in batch_norms(model).values():
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.running_mean.uniform_(-0.1, 0.1)
+
+    if row == "Open-Unmix":
+        weights = {"sample_rate": torch.tensor(44100.0), **model.backbone.networks[0].state_dict()}
+        torch.save(weights, path)
+        return model
+
+    if row == "MobileNet-subband":
+        parts = [f"{i}{letter}" for i in "12" for letter in "abc"]
+        names = published_names(MOBILENET_BLOCKS, [f"bn{part}" for part in parts],
+                                [f"conv{part}" for part in parts])
+        weights = bytesep_file(model.separator, names, mss.MOBILENET_NAMES, 4)
+    elif row == "ResUNetDecouple+-subband":
+        names = published_names(RESUNET_BLOCKS, ("bn1", "bn2"), ("conv1", "conv2"))
+        weights = bytesep_file(model.separator, names, mss.RESUNET_NAMES, 4)
+    else:
+        names = published_names(RESUNET_BLOCKS, ("bn1", "abn2"), ("conv1", "conv2"))
+        weights = bytesep_file(model, names, mss.RESUNET_NAMES, 1)
+        for name in weights:
+            if name.endswith("abn2.weight"):
+                weights[name] = 1e-5 - weights[name]                  # of either sign
+
+    if row.endswith("subband"):
+        weights["pqmf.ana_conv_filter.weight"] = model.bank.analysis
+        weights["pqmf.syn_conv_filter.weight"] = model.bank.synthesis
+    weights["stft.conv_real.weight"] = torch.zeros(3)
+    torch.save({"step": 500_000, "model": weights}, path)
+    return model
+
+PUBLISHED_ROWS = ("ResUNetDecouple+", "Open-Unmix", *SUBBANDS)
+
+@pytest.mark.parametrize("row", PUBLISHED_ROWS)
+def test_keys_say_which_network_a_published_file_is_of(row, tmp_path):
+    path = tmp_path / "some_vocals_weights.pth"
+    expected = tiny_file(row, path)
+
+    config, model, _ = mss.load_checkpoint(path)
+
+    assert config == expected.config
+    mixture = noise(1, 2, 4001)
+    with torch.inference_mode():
+        y, y_expected = model(mixture), expected(mixture)
+    assert y_expected.abs().max() > 0.001
+    assert torch.allclose(y, y_expected, rtol=0, atol=1e-6)
 
 @pytest.mark.parametrize("file_name, target", [
     ("resunet143_ismir2021_vocals_8.9dB_350k_steps.pth", "vocals"),
     ("resunet143_ismir2021_accompaniment_16.8dB_350k_steps.pth", "accompaniment"),
+    ("drums-9619578f.pth", "drums"),
 ])
-def test_a_published_files_name_says_its_target(file_name, target):
-    converted = mss.convert_published({"model": {}, "step": 350_000}, file_name)
+def test_a_published_files_name_says_its_target(file_name, target, tmp_path):
+    tiny_file("Open-Unmix", tmp_path / file_name)
 
-    assert mss.Config(**converted["config"]) == mss.Config(targets=(target,))
-    assert converted["step"] == 350_000
+    config, _, _ = mss.load_checkpoint(tmp_path / file_name)
+
+    assert config.targets == (target,)
+
+@pytest.mark.parametrize("file_name", ["weights.pth", "vocals_or_drums.pth"])
+def test_a_published_file_whose_name_says_no_target_is_refused(file_name, tmp_path):
+    tiny_file("Open-Unmix", tmp_path / file_name)
+
+    with pytest.raises(mss.UserError, match="tells the target expected, such as vocals.pth"):
+        mss.load_checkpoint(tmp_path / file_name)
+
+def test_weights_of_an_unknown_layout_are_refused_with_what_they_are(tmp_path):
+    path = tmp_path / "vocals.pth"
+    torch.save({"encoder.0.conv.weight": torch.zeros(3), "decoder.bias": torch.zeros(3)}, path)
+
+    with pytest.raises(mss.UserError, match="found encoder.0.conv.weight, decoder.bias"):
+        mss.load_checkpoint(path)
+
+def test_weights_of_a_known_layout_with_a_strange_key_are_refused(tmp_path):
+    path = tmp_path / "vocals.pth"
+    tiny_file("Open-Unmix", path)
+    weights = torch.load(path)
+    torch.save({**weights, "attention.weight": torch.zeros(3)}, path)
+
+    with pytest.raises(mss.UserError, match="damaged or foreign"):
+        mss.load_checkpoint(path)
 
 @dataclasses.dataclass
 class TinyConfig(mss.Config):

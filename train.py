@@ -58,6 +58,7 @@ PM_UNET = dict(
     width=28, window=4096, hop=1024, source=STEMS, loss="l1+spec", optimizer="radam", lr=1.5e-3,
     warmup=1, schedule="cosine", clip=0.5, batch_size=6, segment=5.0, mix_audio=1,
     augment="shift pitch speed swap flip gain mask mono reverse".split())
+SUBBANDS = dict(window=512, hop=110)            # of a band; else as in the paper
 RECIPES = {
     "Wave-U-Net": dict(
         width=64, source=STEMS, loss="mse", optimizer="adam", lr=1e-3, warmup=1,
@@ -70,6 +71,12 @@ RECIPES = {
         weight_decay=1e-5, mix_audio=1),
     "PM-Unet": PM_UNET,
     "PM-Unet-conv": PM_UNET,
+    "Open-Unmix": dict(
+        width=512, window=4096, hop=1024, source=STEMS, loss="magnitude", optimizer="adam",
+        lr=1e-3, warmup=1, schedule="constant", weight_decay=1e-5, segment=6.0, mix_audio=1,
+        augment=["swap", "gain"]),
+    "ResUNetDecouple+-subband": SUBBANDS,
+    "MobileNet-subband": SUBBANDS,
 }
 
 DEMO = dict(                                    # without --musdb: two minutes on two cores
@@ -594,7 +601,12 @@ def compound_loss(estimates, targets):
     spectrum = spectral_loss(estimates, targets, 4096, 1024)
     return (F.l1_loss(estimates, targets) + spectrum - si_sdr(estimates, targets).mean()) / 3
 
-LOSSES |= {"phase": phase_loss, "l1+spec": compound_loss}
+def magnitude_loss(estimates, targets):
+    """Open-Unmix's: mean squared differences of magnitudes, here of the waveforms' own."""
+    X, Y = mss.stft(estimates, 4096, 1024), mss.stft(targets, 4096, 1024)
+    return F.mse_loss(mss.magnitude_of(X), mss.magnitude_of(Y))
+
+LOSSES |= {"phase": phase_loss, "l1+spec": compound_loss, "magnitude": magnitude_loss}
 
 # ---- The built-in songs: made of arithmetic -----------------------------------------------------
 
