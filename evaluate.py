@@ -779,7 +779,7 @@ def cached(path):
 
 def identity_of(args, device):
     """What a result depends on, beside the song: weights, code, device and options."""
-    files = [mss.checkpoint_path(name) for name in args.model]
+    files = [path for name in args.model for path in mss.checkpoint_paths(name)]
     modules = (mss, baselines, separate, sys.modules[__name__])
     files += [Path(module.__file__) for module in modules]
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
@@ -900,7 +900,7 @@ def build_parser():
     parser = mss.parser(__doc__)
     add = parser.add_argument
     add("-m", "--model", nargs="+", default=[],
-        help="default (that without -m), paper, files; several: together")
+        help="a name (separate.py --list-models) or file; several: together (default: default)")
     add("--estimates", metavar="DIR",
         help="score files of any system instead: DIR/SUBSET/TRACK/TARGET.wav")
     add("--oracle", action="store_true",
@@ -1026,9 +1026,10 @@ def main(argv=None):
     # Process 0 downloads and decodes; the others wait.
     store, rank = mss.shared_store()
     if rank == 0:
-        mss.introduce_default(args.model)
+        args.model = mss.without_default(args.model)
     else:
         mss.wait_for(store, ["ready"])
+        args.model = json.loads(store.get("ready"))
     device = mss.pick_device(args.device)
     model = mss.load_models(args.model, device) if args.model else None
     tracks = mss.musdb_tracks(args.musdb, args.subset, args.cache)
@@ -1037,7 +1038,7 @@ def main(argv=None):
     for folder in (args.results, args.json, args.out, args.report):   # fails now or never
         if folder:
             os.makedirs(folder, exist_ok=True)
-    store.set("ready", "")
+    store.set("ready", json.dumps(args.model))
 
     args.identity = identity_of(args, device)
     columns = columns_of(args)

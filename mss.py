@@ -24,6 +24,7 @@ import http.client
 import itertools
 import math
 import os
+import queue
 import re
 import reprlib
 import shutil
@@ -32,8 +33,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import typing
+import urllib.request
 import warnings
 import zipfile
 from pathlib import Path
@@ -848,7 +851,7 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:
         # There are a dozen ways for a truncated, foreign or unsafe file to fail here.
         downloaded = Path(path).parent == download_folder()
-        advice = "; delete it, and -m paper downloads it anew" if downloaded else ""
+        advice = "; delete it, and its name downloads it anew" if downloaded else ""
         reason = f"{type(error).__name__}; --debug tells more"
         if isinstance(error, UserError):
             reason = one_line(error)
@@ -968,44 +971,183 @@ def convert_published(content, file_name):
 
 # ---- Weights by name ----------------------------------------------------------------------------
 
-PUBLISHED = {   # name -> target, SDR (dB on MUSDB18 test, as the file's name says), sha256
-    "paper": ("vocals", 8.9, "0fa735205731b9685c63ce5c83e9469eff934f1c20dfd2260b4182194afedb96"),
-    "paper-accompaniment": (
-        "accompaniment", 16.8, "a81ecdb0095ae6bb4433d6b3e4e0a30e57a1fbf5c931c950c20247d14fa1efd5"),
+class File(typing.NamedTuple):
+    name: str
+    size: int | None = None                     # bytes, as far as known
+    hash: str = ""                              # of its kind, or how it begins
+    kind: str = "sha256"
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Weights that are downloaded when they are first used, and what is known about them."""
+    sdr: dict                                   # target -> dB (museval, MUSDB18 test), as is said
+    said_by: str
+    size: str                                   # of all files, for people
+    licence: str
+    record: int                                 # of zenodo.org
+    files: tuple                                # of File: one, or one for each target
+
+FILE_NAME = "the file's name"
+BY_OTHERS = "CC BY 4.0 by two other projects' account, not seen here; trained on MUSDB18"
+PUBLISHED = {
+    "paper": Published(
+        {"vocals": 8.9}, FILE_NAME, "461 MB", "for non-commercial use; trained on MUSDB18", 5513378,
+        (File("resunet143_ismir2021_vocals_8.9dB_350k_steps.pth",
+              hash="0fa735205731b9685c63ce5c83e9469eff934f1c20dfd2260b4182194afedb96"),)),
+    "paper-accompaniment": Published(
+        {"accompaniment": 16.8}, FILE_NAME, "461 MB", "for non-commercial use; trained on MUSDB18",
+        5513378,
+        (File("resunet143_ismir2021_accompaniment_16.8dB_350k_steps.pth", 461_250_888,
+              "a81ecdb0095ae6bb4433d6b3e4e0a30e57a1fbf5c931c950c20247d14fa1efd5"),)),
+    "paper-fast": Published(
+        {"vocals": 8.7}, FILE_NAME, "414 MB", BY_OTHERS, 5804160,
+        (File("resunet143_subbtandtime_vocals_8.7dB_500k_steps_v2.pth", 414_046_363),)),
+    "paper-fast-accompaniment": Published(
+        {"accompaniment": 16.4}, FILE_NAME, "414 MB", BY_OTHERS, 5804160,
+        (File("resunet143_subbtandtime_accompaniment_16.4dB_500k_steps_v2.pth", 414_036_369),)),
+    "paper-small": Published(
+        {"vocals": 7.2}, FILE_NAME, "4.6 MB", BY_OTHERS, 5804160,
+        (File("mobilenet_subbtandtime_vocals_7.2dB_500k_steps_v2.pth", 4_621_773,
+              "197abd4c514fcc92bd22fb1fe77d5f3a", "md5"),)),
+    "paper-small-accompaniment": Published(
+        {"accompaniment": 14.6}, FILE_NAME, "4.6 MB", BY_OTHERS, 5804160,
+        (File("mobilenet_subbtandtime_accompaniment_14.6dB_500k_steps_v2.pth", 4_621_773),)),
+    "umxhq": Published(
+        {"vocals": 6.25, "bass": 5.07, "drums": 6.04, "other": 4.28}, "its authors",
+        "4 files of 36 MB", "MIT by a copy's card, not seen here; trained on MUSDB18-HQ", 3370489,
+        (File("vocals-b62c91ce.pth", hash="b62c91ce"),
+         File("bass-8d85a5bd.pth", hash="8d85a5bd"),
+         File("drums-9619578f.pth", hash="9619578f"),
+         File("other-b52fbbf7.pth", hash="b52fbbf7"))),
+    "umxl": Published(
+        {"vocals": 7.21, "bass": 6.02, "drums": 7.15, "other": 4.89}, "its authors",
+        "4 files of 113 MB", "CC BY-NC-SA 4.0: for non-commercial use", 5069601,
+        (File("vocals-bccbd9aa.pth", hash="bccbd9aa"),
+         File("bass-2ca1ce51.pth", hash="2ca1ce51"),
+         File("drums-69e0ebd4.pth", hash="69e0ebd4"),
+         File("other-c8c5b3e6.pth", hash="c8c5b3e6"))),
 }
-URL = ("https://zenodo.org/records/5513378/files/"
-       "resunet143_ismir2021_{target}_{sdr}dB_350k_steps.pth?download=1")
+NAMES = ("default", "bundled", *PUBLISHED)      # of weights; the first is one of the others
+ZENODO = "https://zenodo.org/records"
+
+def zenodo_url(record, file_name):
+    return f"{ZENODO}/{record}/files/{file_name}?download=1"
 
 def download_folder():
     return Path(torch.hub.get_dir(), "checkpoints")
 
-def checkpoint_path(name):
-    """A name or a path -> the file. What has to be downloaded is kept in torch.hub's cache.
+def cached(file):
+    """Where a published File lies, or would."""
+    return download_folder() / file.name
 
-    Raises UserError if the download fails.
+def check_size(path, file):
+    """Raise UserError where the file at `path` isn't as large as it should be."""
+    found = path.stat().st_size
+    if file.size is not None and found != file.size:
+        raise UserError(f"{file.size} bytes expected, found {found}")
+
+def check_hash(path, file):
+    """Raise UserError where the file at `path` isn't the right one; tell its hash if unknown."""
+    found = hashlib.new(file.kind, path.read_bytes()).hexdigest()
+    if not found.startswith(file.hash):
+        raise UserError(f"{file.kind} {file.hash} expected, found {found}")
+    if not file.hash:
+        print(f"notice: {file.name}: its {file.kind} is {found}; nothing is known to compare it "
+              "with", file=sys.stderr)
+
+def download(file, url):
+    """Put the File into the cache, whole, or raise what urllib does, or UserError."""
+    with replacing(cached(file)) as temporary:
+        torch.hub.download_url_to_file(url, temporary, progress=on_terminal(sys.stderr))
+        check_size(temporary, file)
+        check_hash(temporary, file)
+
+def fetch(name, timeout):
+    """The files of a name of PUBLISHED, downloaded unless they are in torch.hub's cache -> paths.
+
+    `timeout`: s without a single byte. Raises UserError for files of another size or hash, and
+    where the download fails: then nothing of the file stays.
     """
-    if name == "default":
-        return Path(__file__).resolve().with_name("weights") / "vocals.pt"
-    if name not in PUBLISHED:
-        return Path(name)
+    published = PUBLISHED[name]
+    for file in published.files:
+        path = cached(file)
+        if path.exists():
+            try:
+                check_size(path, file)
+            except UserError as error:
+                raise UserError(f"{name}: {path}: {error}; delete it to download it anew"
+                                ) from error
+            continue
 
-    target, sdr, sha256 = PUBLISHED[name]
-    url = URL.format(target=target, sdr=sdr)
-    file_name = url.rsplit("/", 1)[1].removesuffix("?download=1")
-    path = download_folder() / file_name
-    if path.exists():
-        return path
+        url = zenodo_url(published.record, file.name)
+        print(f"downloading {url} ({published.size}) to {path}", file=sys.stderr)
+        socket.setdefaulttimeout(timeout)
+        try:
+            download(file, url)
+        except (OSError, RuntimeError, UserError, http.client.HTTPException) as error:
+            known = f" ({file.kind} {file.hash})" if file.hash else ""
+            raise UserError(f"{name}: not downloaded: {one_line(error)}; try again, or put "
+                            f"{url}{known} at {path} by hand") from error
+    return [cached(file) for file in published.files]
 
-    print(f"downloading {url} (461 MB) to {path}", file=sys.stderr)
-    socket.setdefaulttimeout(60)                                      # s without a single byte
-    progress = on_terminal(sys.stderr)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, path, hash_prefix=sha256, progress=progress)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(f"{name}: not downloaded: {one_line(error)}; try again, or put {url} "
-                        f"(sha256 {sha256}) at {path} by hand") from error
+def checkpoint_paths(name):
+    """A name or a path -> the files, several for the networks of several targets. See fetch."""
+    if name == "bundled":
+        return [Path(__file__).resolve().with_name("weights") / "vocals.pt"]
+    return fetch(name, timeout=60) if name in PUBLISHED else [Path(name)]
+
+def checkpoint_path(name):
+    """A name or a path -> the file. UserError for a name of several: checkpoint_paths has them."""
+    path, *others = checkpoint_paths(name)
+    if others:
+        raise UserError(f"{name}: a name of one file expected, found {len(others) + 1}")
     return path
+
+def ask(url, seconds):
+    """Raise OSError unless a server answers so soon. In a thread: name look-ups know no timeout."""
+    answer = queue.SimpleQueue()
+
+    def open_and_close():
+        try:
+            urllib.request.urlopen(url, timeout=seconds).close()
+            answer.put(None)
+        except Exception as error:                                    # it's raised below
+            answer.put(error)
+
+    threading.Thread(target=open_and_close, daemon=True).start()
+    try:
+        error = answer.get(timeout=seconds)
+    except queue.Empty:
+        error = TimeoutError(f"no answer from {url} in {seconds} s")
+    if error:
+        raise error
+
+def choose_default():
+    """The name of the weights that are used without -m; stderr tells which they are, and why.
+
+    The best of a few megabytes, if they are in the cache or can be had now; else the bundled ones.
+    """
+    name = "paper-small"
+    published = PUBLISHED[name]
+    try:
+        file, = published.files
+        if not cached(file).exists():
+            ask(zenodo_url(published.record, file.name), seconds=8)
+        path, = fetch(name, timeout=10)
+        load_checkpoint(path)
+    except (UserError, OSError, http.client.HTTPException) as error:
+        card = load_checkpoint(*checkpoint_paths("bundled"))[2]
+        print(f"notice: -m bundled, for -m {name} can't be had: {one_line(error)}; {card['about']};"
+              " the paper's quality: -m paper, 461 MB", file=sys.stderr)
+        return "bundled"
+    print(f"notice: -m {name}, a small network of the paper's authors: vocals "
+          f"{published.sdr['vocals']} dB SDR by {published.said_by}; the paper's quality: -m paper,"
+          " 461 MB", file=sys.stderr)
+    return name
+
+def without_default(names):
+    """The names, with what "default" stands for now."""
+    return [choose_default() if name == "default" else name for name in names]
 
 def joint_config(models):
     """The Config of several models' targets. UserError where they don't fit."""
@@ -1036,13 +1178,15 @@ def join_open_unmix(models):
         network for model in models for network in model.backbone.networks)
     return joint.eval()
 
+def load_model(name, device="cpu"):
+    """A checkpoint by path or name -> its model, of several files one for all targets."""
+    models = [load_checkpoint(path, device)[1] for path in checkpoint_paths(name)]
+    return models[0] if len(models) == 1 else join_open_unmix(models)
+
 def load_models(names, device="cpu"):
     """Checkpoints by path or name -> one model for all their targets, ready for inference."""
     names = [names] if isinstance(names, (str, Path)) else names
-    models = []
-    for name in names:
-        _, model, _ = load_checkpoint(checkpoint_path(name), device)
-        models.append(fold_batch_norms(model))
+    models = [fold_batch_norms(load_model(name, device)) for name in names]
 
     open_unmix = [model for model in models if model.config.model == "Open-Unmix"]
     if len(open_unmix) > 1:
@@ -1975,12 +2119,6 @@ def peak_memory(device):
         unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return math.nan
-
-def introduce_default(names):
-    """Say on stderr what the default weights are, if `names` mean them, and what is better."""
-    if "default" in names:
-        card = load_checkpoint(checkpoint_path("default"))[2]
-        print(f"notice: {card['about']}; the paper's quality: -m paper, 461 MB", file=sys.stderr)
 
 def keep_memory():
     """Let glibc keep freed memory; by default it unmaps each large tensor: twice the time."""

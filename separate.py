@@ -282,19 +282,20 @@ def clean(out, folders):
         mss.remove_partials(folder)
 
 def list_models():
-    for name, (target, sdr, _) in mss.PUBLISHED.items():
-        print(f"{name}: {target}, {mss.complement(target)}; {target} {sdr} dB SDR (museval, "
-              "MUSDB18 test, by the file's name); 461 MB; trained on MUSDB18, for non-commercial "
-              "use (Zenodo 5513378)")
-    card = mss.load_checkpoint(checkpoint_path("default"))[2]
-    print(f"default: {card['about']}; {card['licence']}")
+    for name, published in mss.PUBLISHED.items():
+        sdr = ", ".join(f"{target} {value} dB" for target, value in published.sdr.items())
+        print(f"{name}: {sdr} (SDR, museval, MUSDB18 test, by {published.said_by}); "
+              f"{published.size}; {published.licence} (Zenodo {published.record})")
+    card = mss.load_checkpoint(checkpoint_path("bundled"))[2]
+    print(f"bundled: {card['about']}; {card['licence']}")
+    print("default: paper-small if it is here or can be downloaded now, else bundled")
 
 def build_parser():
     parser = mss.parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="FILE", help="audio files, and folders to search")
     add("-m", "--model", nargs="+", action="extend", default=[],
-        help="default, paper, paper-accompaniment or FILE")
+        help="a name that --list-models prints, or FILE (default: default)")
     add("--list-models", action="store_true", help="print the models that have names")
     add("-o", "--out", default="separated", type=Path, help="output folder (default: %(default)s)")
     add("--skip-existing", action="store_true",
@@ -343,7 +344,7 @@ def parse(argv):
     # Of `-m MODEL song.wav` -m takes the song, too.
     models, songs = [], []
     for word in args.model:
-        named = word in ("default", *mss.PUBLISHED) or Path(word).suffix in (".pt", ".pth")
+        named = word in mss.NAMES or Path(word).suffix in (".pt", ".pth")
         (models if named or not models else songs).append(word)
     args.model = models or ["default"]
     args.inputs += map(Path, songs)
@@ -419,13 +420,15 @@ def main(argv=None):
     # Process 0 downloads and searches, before any stem is written; the others wait.
     store, rank = mss.shared_store()
     if rank == 0:
-        mss.introduce_default(args.model)
+        args.model = mss.without_default(args.model)
         found = name_folders(find_songs(args.inputs, args.out), args.out)
         clean(args.out, [folder for _, folder in found])
     else:
-        mss.wait_for(store, ["songs"])
+        mss.wait_for(store, ["model", "songs"])
+        args.model = json.loads(store.get("model"))
     model = mss.load_models(args.model, mss.pick_device(args.device))
     if rank == 0:
+        store.set("model", json.dumps(args.model))
         store.set("songs", json.dumps([[str(path) for path in song] for song in found]))
     songs = [[Path(path) for path in song] for song in json.loads(store.get("songs"))]
 

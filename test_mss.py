@@ -19,6 +19,11 @@ os.environ.update(COLUMNS="80", NO_COLOR="1")
 # Before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Nothing is downloaded, nor is anything in the cache: the default weights are the bundled ones.
+os.environ["https_proxy"] = "http://127.0.0.1:9"                      # where nobody listens
+os.environ["no_proxy"] = "127.0.0.1"
+os.environ["TORCH_HOME"] = "/nonexistent"
+
 import base64
 import contextlib
 import csv
@@ -1691,19 +1696,28 @@ def test_the_default_weights_are_small_and_hold_their_card(card):
     assert path.stat().st_size <= 5_000_000
     assert {name: state[name] for name in card} == card
 
-def test_separate_says_what_the_default_weights_are(card, song):
+def test_without_a_network_separate_says_why_it_uses_the_bundled_weights(card, song):
     code, stdout, err = call(separate.main, song, "-o", song.parent)
 
     assert code == 0
-    assert card["about"] in err and "-m paper" in err
-    assert "default" in stdout
+    assert len(err.splitlines()) == 1
+    for word in ("-m bundled", "paper-small", "refused", card["about"], "-m paper"):
+        assert word in err
+    assert "bundled" in stdout
 
-def test_evaluate_says_what_the_default_weights_are(card, songs, tmp_path):
+def test_without_a_network_evaluate_says_why_it_uses_the_bundled_weights(card, songs, tmp_path):
     code, stdout, err = call(evaluate.main, "--musdb", songs, "--results", tmp_path)
 
     assert code == 0
-    assert card["about"] in err and "-m paper" in err
-    assert "default" in stdout
+    for word in ("-m bundled", "paper-small", "refused", card["about"], "-m paper"):
+        assert word in err
+    assert "bundled" in stdout
+
+def test_the_bundled_weights_can_be_asked_for(song):
+    code, _, err = call(separate.main, song, "-m", "bundled", "-o", song.parent)
+
+    assert code == 0
+    assert not err
 
 def test_the_cards_recipe_trains_the_default_network(card, songs, tmp_path, monkeypatch):
     readme = (HERE / "weights" / "README.md").read_text(encoding="utf-8")
@@ -1736,63 +1750,107 @@ def test_models_that_have_names_are_listed(card):
     code, stdout, _ = call(separate.main, "--list-models")
 
     assert code == 0
-    for word in ("paper-accompaniment", "16.8 dB", "461 MB", "non-commercial", "CC BY 4.0",
-                 "vocadito", card["licence"]):
-        assert word in stdout
+    lines = dict(line.split(": ", 1) for line in stdout.splitlines())
+    assert set(lines) == set(mss.NAMES)
+    for name, *words in (
+            ("paper-accompaniment", "accompaniment 16.8 dB", "461 MB", "non-commercial", "5513378"),
+            ("paper-fast", "vocals 8.7 dB", "414 MB", "CC BY 4.0", "not seen here", "5804160"),
+            ("paper-small", "vocals 7.2 dB", "4.6 MB", "CC BY 4.0", "the file's name"),
+            ("umxhq", "drums 6.04 dB", "other 4.28 dB", "its authors", "MIT"),
+            ("umxl", "bass 6.02 dB", "CC BY-NC-SA 4.0"),
+            ("bundled", "vocadito", card["licence"])):
+        for word in words:
+            assert word in lines[name]
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """A quiet server that may be slow: `delay` s until it answers, and then `stall` s."""
+    delay = stall = 0.0
+
     def log_message(self, *arguments):
         pass
 
+    def do_GET(self):
+        time.sleep(self.delay)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            super().do_GET()
+
+    def copyfile(self, source, output):
+        output.write(source.read(1000))
+        time.sleep(self.stall)
+        output.write(source.read())
+
 @pytest.fixture
 def zenodo(checkpoint, tmp_path, monkeypatch):
-    """A server where "paper" is a small checkpoint, and a cache without it."""
+    """A server whose records are small files, and a cache without any.
+
+    "paper" and "paper-small" are a checkpoint of ours, "umxhq" four of Open-Unmix.
+    """
     www = tmp_path / "www"
-    www.mkdir()
+    handler = type("Handler", (Handler,), {})
     server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *arguments: QuietHandler(*arguments, directory=www))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+        ("127.0.0.1", 0), lambda *arguments: handler(*arguments, directory=www))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop():
         server.shutdown()
         server.server_close()
 
-    content = checkpoint.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    file_name = mss.URL.rsplit("/", 1)[1]
-    monkeypatch.setitem(mss.PUBLISHED, "paper", ("vocals", 8.9, sha256))
-    monkeypatch.setattr(mss, "URL", f"http://127.0.0.1:{server.server_port}/{file_name}")
+    monkeypatch.setattr(mss, "ZENODO", f"http://127.0.0.1:{server.server_port}/records")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
-    name = "resunet143_ismir2021_vocals_8.9dB_350k_steps.pth"
-    cached = tmp_path / "home" / "hub" / "checkpoints" / name
-    url = f"http://127.0.0.1:{server.server_port}/{name}"
+    def publish(name, *contents):
+        """Let the files of a name be these -> where they are served, and where they are cached."""
+        published = mss.PUBLISHED[name]
+        files, sent = [], []
+        for file, content in zip(published.files, contents):
+            digest = hashlib.new(file.kind, content).hexdigest()[:len(file.hash)]
+            files.append(mss.File(file.name, file.size and len(content), digest, file.kind))
+            sent.append(www / "records" / str(published.record) / "files" / file.name)
+            sent[-1].parent.mkdir(parents=True, exist_ok=True)
+            sent[-1].write_bytes(content)
+        changed = dataclasses.replace(published, files=tuple(files))
+        monkeypatch.setitem(mss.PUBLISHED, name, changed)
+        return sent, [mss.cached(file) for file in files]
+
     yield types.SimpleNamespace(
-        content=content, sent=www / name, url=url, cached=cached, stop=stop)
+        publish=publish, content=checkpoint.read_bytes(), handler=handler, stop=stop)
     stop()
 
-def is_not_downloaded(zenodo, song, word):
-    """The download must fail with the word and with advice, and leave nothing behind."""
+def is_not_downloaded(cached, song, *words):
+    """The download of "paper" must fail with the words and advice, and leave nothing behind."""
     code, _, err = call(separate.main, song, "-m", "paper", "-o", song.parent)
     last = err.splitlines()[-1]
     assert code == 2
-    for part in (word, zenodo.url, str(zenodo.cached), "by hand"):
-        assert part in last
-    assert not list(zenodo.cached.parent.iterdir())
+    for word in (*words, "127.0.0.1", str(cached), "by hand"):
+        assert word in last
+    assert not list(cached.parent.iterdir())
 
 def test_published_weights_that_are_gone_are_named(zenodo, song):
-    is_not_downloaded(zenodo, song, "404")
+    (sent,), (cached,) = zenodo.publish("paper", zenodo.content)
+    sent.unlink()
+
+    is_not_downloaded(cached, song, "404")
 
 def test_published_weights_that_arrive_cut_are_not_kept(zenodo, song):
-    zenodo.sent.write_bytes(zenodo.content[:9000])
+    (sent,), (cached,) = zenodo.publish("paper", zenodo.content)
+    sent.write_bytes(zenodo.content[:9000])
 
-    is_not_downloaded(zenodo, song, "hash")
+    is_not_downloaded(cached, song, "sha256", "expected")
+
+def test_published_weights_of_another_size_are_not_kept(zenodo, song):
+    (sent,), (cached,) = zenodo.publish("paper", zenodo.content)
+    file, = mss.PUBLISHED["paper"].files
+    changed = dataclasses.replace(mss.PUBLISHED["paper"], files=(file._replace(size=5),))
+    mss.PUBLISHED["paper"] = changed
+
+    is_not_downloaded(cached, song, "5 bytes expected", f"found {len(zenodo.content)}")
 
 def test_without_a_network_it_is_said_how_to_get_published_weights(zenodo, song):
+    _, (cached,) = zenodo.publish("paper", zenodo.content)
     zenodo.stop()
 
-    is_not_downloaded(zenodo, song, "refused")
+    is_not_downloaded(cached, song, "refused")
 
 def test_published_weights_that_are_damaged_are_to_be_deleted(zenodo, song):
     zenodo.cached.parent.mkdir(parents=True)
@@ -1801,17 +1859,151 @@ def test_published_weights_that_are_damaged_are_to_be_deleted(zenodo, song):
     fails(separate.main, song, "-m", "paper", saying=(str(zenodo.cached), "delete it"))
 
 def test_published_weights_are_downloaded_once(zenodo, song):
-    zenodo.sent.write_bytes(zenodo.content)
+    _, (cached,) = zenodo.publish("paper", zenodo.content)
     command = song, "-m", "paper", "-o", song.parent
 
     code, _, err = call(separate.main, *command)
     assert code == 0 and "downloading" in err
-    assert zenodo.cached.read_bytes() == zenodo.content
+    assert cached.read_bytes() == zenodo.content
 
     # Nobody listens any more.
     zenodo.stop()
     code, _, err = call(separate.main, *command)
     assert code == 0 and "downloading" not in err
+
+def test_the_hash_of_weights_that_none_is_known_of_is_told(zenodo, song):
+    name = "paper-fast"
+    _, (cached,) = zenodo.publish(name, zenodo.content)
+
+    code, _, err = call(separate.main, song, "-m", name, "-o", song.parent)
+
+    assert code == 0
+    assert hashlib.sha256(zenodo.content).hexdigest() in err
+
+@pytest.fixture
+def umxhq(zenodo, tmp_path):
+    """Published: Open-Unmix's four networks, tiny -> where they are cached."""
+    contents = []
+    for target in mss.SOURCES:
+        tiny_file("Open-Unmix", tmp_path / f"{target}.pth")
+        contents.append((tmp_path / f"{target}.pth").read_bytes())
+    return zenodo.publish("umxhq", *contents)[1]
+
+def test_a_name_of_several_files_brings_a_model_of_all_their_targets(umxhq):
+    model = mss.load_models(["umxhq"])
+
+    assert all(path.exists() for path in umxhq)
+    assert model.config.model == "Open-Unmix"
+    assert model.config.targets == mss.SOURCES
+    assert model.backbone.filtered
+
+def test_files_of_open_unmix_that_are_loaded_together_filter(umxhq):
+    """As if they were one name."""
+    mixture = noise(1, 2, 9000)
+    expected = mss.load_models(["umxhq"])
+
+    model = mss.load_models(umxhq)
+
+    with torch.inference_mode():
+        assert torch.equal(model(mixture), expected(mixture))
+
+def test_open_unmix_writes_four_stems_and_what_each_leaves(umxhq, song):
+    code, _, _ = call(separate.main, song, "-m", "umxhq", "--two-stems", "-o", song.parent)
+
+    assert code == 0
+    written = {path.stem for path in (song.parent / song.stem).iterdir()}
+    assert written == {*mss.SOURCES, "accompaniment", "no_bass", "no_drums", "no_other"}
+
+def separates_by_default(song, name, *words):
+    """Without -m that name's weights must be used; one line says so, in these words."""
+    code, stdout, err = call(separate.main, song, "-o", song.parent)
+    assert code == 0
+    assert f", {name} on cpu" in stdout
+    lines = [line for line in err.splitlines() if not line.startswith("downloading")]
+    assert len(lines) == 1, err
+    for word in (f"-m {name}", *words):
+        assert word in lines[0]
+
+def test_the_default_is_downloaded_once(zenodo, song):
+    _, (cached,) = zenodo.publish("paper-small", zenodo.content)
+
+    separates_by_default(song, "paper-small", "7.2 dB", "-m paper,")
+    assert cached.read_bytes() == zenodo.content
+    zenodo.stop()
+    separates_by_default(song, "paper-small", "7.2 dB", "-m paper,")
+
+def test_evaluate_has_the_same_default(zenodo, songs, tmp_path):
+    zenodo.publish("paper-small", zenodo.content)
+
+    code, stdout, err = call(evaluate.main, "--musdb", songs, "--results", tmp_path / "results")
+
+    assert code == 0
+    assert "-m paper-small" in err
+    assert "paper-small: UNetDecouple+" in stdout
+
+def falls_back(song, *words):
+    """The bundled weights must be used, for a reason told in these words, and nothing be kept."""
+    separates_by_default(song, "bundled", *words)
+    folder = mss.cached(mss.File("x")).parent
+    assert not folder.exists() or not list(folder.iterdir())
+
+def test_a_default_that_is_gone_falls_back(zenodo, song):
+    (sent,), _ = zenodo.publish("paper-small", zenodo.content)
+    sent.unlink()
+
+    falls_back(song, "404")
+
+def test_a_default_that_arrives_cut_falls_back(zenodo, song):
+    (sent,), _ = zenodo.publish("paper-small", zenodo.content)
+    sent.write_bytes(zenodo.content[:9000])
+
+    falls_back(song, "found 9000")
+
+def test_a_default_of_wrong_bytes_falls_back(zenodo, song):
+    (sent,), _ = zenodo.publish("paper-small", zenodo.content)
+    sent.write_bytes(zenodo.content[:-1] + b"x")
+
+    falls_back(song, "md5")
+
+def test_a_default_that_nobody_serves_falls_back(zenodo, song):
+    zenodo.publish("paper-small", zenodo.content)
+    zenodo.stop()
+
+    falls_back(song, "refused")
+
+def test_a_default_that_does_not_answer_falls_back(zenodo, song, monkeypatch):
+    zenodo.publish("paper-small", zenodo.content)
+    zenodo.handler.delay = 60.0
+    ask = mss.ask
+    monkeypatch.setattr(mss, "ask", lambda url, seconds: ask(url, seconds / 80))
+
+    falls_back(song, "no answer")
+
+def test_a_default_that_stops_arriving_falls_back(zenodo, song, monkeypatch):
+    zenodo.publish("paper-small", zenodo.content)
+    zenodo.handler.stall = 60.0
+    fetch = mss.fetch
+    monkeypatch.setattr(mss, "fetch", lambda name, timeout: fetch(name, timeout / 100))
+
+    falls_back(song, "timed out")
+
+def test_a_slow_default_is_waited_for(zenodo, song):
+    zenodo.publish("paper-small", zenodo.content)
+    zenodo.handler.stall = 0.2
+
+    separates_by_default(song, "paper-small")
+
+def test_a_default_that_does_not_load_falls_back(zenodo, song):
+    zenodo.publish("paper-small", b"no checkpoint")
+
+    separates_by_default(song, "bundled", "damaged or foreign")
+
+def test_a_cached_default_of_another_size_falls_back(zenodo, song):
+    _, (cached,) = zenodo.publish("paper-small", zenodo.content)
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"half")
+
+    separates_by_default(song, "bundled", str(cached), "found 4", "delete it")
 
 # ---- Songs --------------------------------------------------------------------------------------
 

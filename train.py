@@ -1011,7 +1011,7 @@ def build_parser():
         "ogg are decoded to")
     add("--out", help="folder of checkpoints and log (default: runs/SOURCE)")
     add("--init", metavar="FILE",
-        help="fine-tune these weights: a checkpoint, default, paper or paper-accompaniment")
+        help="fine-tune these weights: a checkpoint, or a name of separate.py --list-models")
 
     add("--model", choices=tuple(mss.MODELS), help="row of the paper's Table 3, or a relative; "
         "where the help says 'paper', a relative has its own default, see RECIPES")
@@ -1055,7 +1055,7 @@ def apply_recipe(args):
     """Fill in what no flag says: from --init, the demo, the model's recipe, the paper's."""
     initial = {}
     if args.init:
-        args.init_config, _, _ = mss.load_checkpoint(mss.checkpoint_path(args.init))
+        args.init_config = mss.load_model(args.init).config
         initial = {name: getattr(args.init_config, name) for name in SIZES}
         initial["source"] = ",".join(args.init_config.targets)
 
@@ -1149,9 +1149,8 @@ def build(args, config, device):
 
     model = mss.MODELS[config.model](config)
     if args.init:
-        _, initial, _ = mss.load_checkpoint(mss.checkpoint_path(args.init))
         try:
-            model.load_state_dict(initial.state_dict())
+            model.load_state_dict(mss.load_model(args.init).state_dict())
         except RuntimeError as error:                                 # of another residual target
             raise mss.UserError(f"--init {args.init}: not for --source {','.join(args.source)}: "
                                 f"{mss.one_line(error)}") from error

@@ -286,7 +286,7 @@ OVERLAPS = (0.10, 0.31, 0.63, 0.95, 1.00, 1.27, 1.91)                 # s
 def overlap(args):
     """Blocks of a song against the whole: of the minute, at most, with the loudest vocals."""
     device = mss.pick_device(args.device)
-    model = mss.load_models([args.model or "default"], device)
+    model = mss.load_models([args.model or "bundled"], device)
     track = mss.musdb_tracks(args.musdb, "valid")[0]
     rate = track.sample_rate
     n = min(60 * rate, track.frames)
@@ -296,7 +296,7 @@ def overlap(args):
     mixture = track.load("mixture", start, n)
     whole = mss.separate_track(model, mixture, segment=n, overlap=0)
 
-    heading(f"Overlap: {args.model or 'default'}, {n / rate:.0f} s of {track.name}",
+    heading(f"Overlap: {args.model or 'bundled'}, {n / rate:.0f} s of {track.name}",
             "shared by neighbours, s", "SNR against the whole, dB", "within 0.25 s of a join, dB",
             "more work")
     for seconds in OVERLAPS:
