@@ -1092,6 +1092,8 @@ def fetch(name, timeout):
 
 def checkpoint_paths(name):
     """A name or a path -> the files, several for the networks of several targets. See fetch."""
+    if name == "default":
+        name = choose_default()
     if name == "bundled":
         return [Path(__file__).resolve().with_name("weights") / "vocals.pt"]
     return fetch(name, timeout=60) if name in PUBLISHED else [Path(name)]
