@@ -239,13 +239,15 @@ class Model(nn.Module):
     stride          in samples: blocks of a song should begin a multiple of it apart, so that the
                     model samples them as it samples the whole song
     residual        the index of the target that is the mixture minus the others, or None
+    blocks          in samples: how long blocks should be, and how much two of them should share
     """
 
-    def __init__(self, config, stride=1, residual=None):
+    def __init__(self, config, stride=1, residual=None, blocks=None):
         super().__init__()
         self.config = config
         self.stride = stride
         self.residual = residual
+        self.blocks = blocks or (SEGMENT, OVERLAP)
 
 HEADS = {                                       # the names of each rule's arguments after X
     magnitude_mask: ("mask",),
@@ -322,6 +324,10 @@ MODELS = {              # Config -> Model
 
 # ---- Relatives: the systems of other papers, to compare with ------------------------------------
 
+def hops(frames, shared, hop):
+    """(segment, overlap) in samples of blocks of so many frames: n - 1 hops make n frames."""
+    return (frames - 1) * hop, (shared - 1) * hop
+
 def residual_target(targets):
     """The index of the target that is the mixture minus the others; None if they don't add up."""
     if set(targets) == set(SOURCES):
@@ -345,11 +351,11 @@ class WaveformModel(Model):
 class SpectrogramModel(Model):
     """A network of baselines.py from spectrograms (B, C, T, F) to spectrograms (B, S, C, T, F)."""
 
-    def __init__(self, config, network, padding="constant"):
+    def __init__(self, config, network, padding="constant", blocks=None):
         bins = config.window // 2 + 1
         residual = residual_target(config.targets)
         backbone = network(config.channels, bins, len(config.targets), config.width, residual)
-        super().__init__(config, backbone.STRIDE * config.hop, backbone.residual)
+        super().__init__(config, backbone.STRIDE * config.hop, backbone.residual, blocks)
         self.backbone = backbone
         # Where phases matter not "reflect": a frame whose middle is the mirror would be real but
         # for rounding errors.
@@ -417,7 +423,8 @@ class Subbands(Model):
     """
 
     def __init__(self, config, backbone):
-        super().__init__(config, stride=BANDS * config.hop)
+        hop = BANDS * config.hop
+        super().__init__(config, hop, blocks=hops(640, 64, hop))      # as of SEGMENT, OVERLAP
         inner = dataclasses.replace(config, channels=BANDS * config.channels)
         self.bank = FilterBank()
         self.separator = Separator(inner, backbone(inner), bounded_decouple_plus)
@@ -438,7 +445,8 @@ MODELS |= {
     "DPRNN":            lambda c: SpectrogramModel(c, baselines.DPRNN),
     "PM-Unet":          lambda c: SpectrogramModel(c, baselines.PMUnet),
     "PM-Unet-conv":     lambda c: SpectrogramModel(c, baselines.PMUnetConv),
-    "Open-Unmix":       lambda c: SpectrogramModel(c, baselines.OpenUnmix, "reflect"),
+    "Open-Unmix":       lambda c: SpectrogramModel(
+                            c, baselines.OpenUnmix, "reflect", hops(2700, 300, c.hop)),
     "ResUNetDecouple+-subband": lambda c: Subbands(c, resunet),
     "MobileNet-subband":        lambda c: Subbands(c, mobile_unet),
 }
@@ -595,11 +603,11 @@ def smaller(segment, overlap, count, fade):
                         "--overlap, --bf16 or --device cpu")
     return 1, overlap + shorter
 
-def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=1, bf16=False):
+def separate_blocks(model, blocks, segment=None, overlap=None, batch_size=1, bf16=False):
     """Separate a stream of (C, n) blocks -> a stream of (S, C, n') blocks, as long in all.
 
     The model sees windows of `segment` samples, `batch_size` at once, of which two neighbours
-    share `overlap` samples:
+    share `overlap` samples; None: as many as the model's `blocks` says.
 
         a window      ...==========~~~~~~~~~~-----
         the next one          -----~~~~~~~~~~==========...
@@ -609,12 +617,14 @@ def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=
     If memory runs out, fewer windows go at once, then shorter ones. UserError if that doesn't help,
     for what isn't audio, and where the model's estimates aren't finite.
     """
+    segment = model.blocks[0] if segment is None else segment
+    overlap = model.blocks[1] if overlap is None else overlap
     segment, overlap = whole(segment, "segment", 1), whole(overlap, "overlap")
     batch_size = whole(batch_size, "batch_size", 1)
     fade = overlap // 2
     context = (overlap - fade) // 2
     if segment - overlap < max(fade, 1):
-        raise UserError(f"a segment of at least 1.5 overlaps expected, found {segment} and "
+        raise UserError(f"--segment of at least 1.5 times --overlap expected, found {segment} and "
                         f"{overlap} samples")
 
     # ramp + (1 - ramp) = 1: there is nothing to normalise.
@@ -655,7 +665,7 @@ def separate_blocks(model, blocks, segment=SEGMENT, overlap=OVERLAP, batch_size=
             tail = y[..., end:end + fade]
         mixture.drop(len(windows) * hop)
 
-def separate_track(model, mixture, segment=SEGMENT, overlap=OVERLAP, batch_size=1, bf16=False):
+def separate_track(model, mixture, segment=None, overlap=None, batch_size=1, bf16=False):
     """(C, L) at the model's rate -> (S, C, L), for any L from 0 on; see separate_blocks.
 
     The mixture is a tensor or an array, of floats, int16 or int32. Mono is doubled for a stereo
@@ -1165,8 +1175,9 @@ class Together(Model):
     """Several models on the same mixture: (B, C, L) -> (B, S1 + S2 + ..., C, L)."""
 
     def __init__(self, models):
-        # The longest stride: a common multiple of all could be longer than a segment.
-        super().__init__(joint_config(models), stride=max(model.stride for model in models))
+        # The longest stride and blocks: a common multiple of all could be longer than a segment.
+        super().__init__(joint_config(models), stride=max(model.stride for model in models),
+                         blocks=max(model.blocks for model in models))
         self.models = nn.ModuleList(models)
 
     def forward(self, mixture):

@@ -28,8 +28,8 @@ class Options:
     two_stems: bool | None = None               # also write what is left over; None: of one target
     start: float = 0.0                          # s
     duration: float = math.inf                  # s
-    segment: int = mss.SEGMENT                  # samples that the network sees at a time
-    overlap: int = mss.OVERLAP                  # samples that two of these share
+    segment: int | None = None                  # samples that the network sees at a time
+    overlap: int | None = None                  # samples that two of these share; None: the model's
     batch_size: int = 1                         # segments at once
     bf16: bool = False
 
@@ -316,10 +316,10 @@ def build_parser():
     add("--duration", type=float, default=math.inf, metavar="S",
         help="seconds to separate (default: all)")
 
-    add("--segment", type=float, default=mss.SEGMENT / 44100, metavar="S",
-        help="seconds at a time (%(default)s)")
-    add("--overlap", type=float, default=mss.OVERLAP / 44100, metavar="S",
-        help="seconds that two share (%(default)s)")
+    add("--segment", type=float, metavar="S",
+        help="seconds at a time (default: the model's, mostly 6.39)")
+    add("--overlap", type=float, metavar="S",
+        help="seconds that two share (default: the model's, mostly 0.63)")
     add("--batch-size", type=int, default=1, metavar="N",
         help="segments at once (default: %(default)s)")
     return parser
@@ -330,12 +330,16 @@ def check(parser, args):
         parser.error("FILE expected: audio files or folders of them")
     if args.subtype and args.ext not in ("wav", "flac"):
         parser.error(f"--ext {args.ext}: has no --int16 or --int24")
-    if not 0 <= 1.5 * args.overlap < args.segment < math.inf:
+    segment = 1e9 if args.segment is None else args.segment           # the model's isn't known yet
+    if not 0 <= 1.5 * (args.overlap or 0) < segment < math.inf:
         parser.error("a --segment of over 1.5 times --overlap expected")
     if not 0 <= args.start < math.inf or not args.duration > 0:
         parser.error("--start from 0, --duration above 0 expected")
     if args.batch_size < 1:
         parser.error("--batch-size from 1 expected")
+
+def samples(seconds):
+    return None if seconds is None else round(seconds * 44100)
 
 def parse(argv):
     parser = build_parser()
@@ -352,8 +356,8 @@ def parse(argv):
     check(parser, args)
     args.options = Options(
         ext=args.ext, subtype=args.subtype, clip_mode=args.clip_mode, two_stems=args.two_stems,
-        start=args.start, duration=args.duration, segment=round(args.segment * 44100),
-        overlap=round(args.overlap * 44100), batch_size=args.batch_size, bf16=args.bf16)
+        start=args.start, duration=args.duration, segment=samples(args.segment),
+        overlap=samples(args.overlap), batch_size=args.batch_size, bf16=args.bf16)
     return args
 
 def are_newer(outputs, path):

@@ -837,7 +837,7 @@ def test_short_windows_change_little():
     assert mss.sdr(whole, blocks) > 15
 
 def test_too_short_a_segment_is_refused():
-    with pytest.raises(mss.UserError, match="1.5 overlaps"):
+    with pytest.raises(mss.UserError, match="1.5 times --overlap"):
         mss.separate_track(Identity(), noise(2, 6000), segment=400, overlap=268)
 
 def alive(model, x):
@@ -3880,6 +3880,31 @@ def interrupted(songs, tmp_path, monkeypatch):
     assert code == 130
     return out
 
+def test_dropout_follows_from_the_step_alone(songs, tmp_path, monkeypatch):
+    """Open-Unmix has some; the others' steps draw nothing."""
+    monkeypatch.setattr(train, "standardise", lambda model, segments: None)
+    words = dict(model="Open-Unmix", source="vocals", width=4, window=512, hop=128)
+    train_well(*flags(songs, tmp_path / "whole", steps=3, **words))
+    for steps in (1, 3):
+        train_well(*flags(songs, tmp_path / "resumed", steps=steps, **words))
+
+    assert equal(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "resumed" / "last.pt"))
+
+def test_open_unmix_begins_with_standardised_inputs(songs):
+    tracks = mss.musdb_tracks(songs, "train")
+    config, model = small("Open-Unmix")
+    segments = mss.Segments(tracks, config, seconds=0.2)
+
+    train.standardise(model, segments, count=20)
+
+    network, = model.backbone.networks
+    X = torch.stack([mss.stft(segments[i][0], 256, 64) for i in range(20)])
+    x = X.abs()[..., :network.bins_read]
+    x = (x + network.input_mean) * network.input_scale
+    deviation, mean = torch.std_mean(x.flatten(0, 2), dim=0)
+    assert mean.abs().max() < 1e-3
+    assert (deviation - 1).abs().max() < 0.01
+
 def test_an_interrupted_validation_makes_no_best(interrupted):
     assert (interrupted / "last.pt").exists()
     assert not (interrupted / "best.pt").exists()
@@ -4791,7 +4816,7 @@ def test_a_relative_is_trained_for_its_recipes_targets(name, relative):
 
 @pytest.mark.parametrize("name, window, hop", (
     ("Wave-U-Net", 2048, 441), ("Wave-U-Net-12", 2048, 441), ("DPRNN", 2048, 441),
-    ("PM-Unet", 4096, 1024), ("PM-Unet-conv", 4096, 1024)))
+    ("PM-Unet", 4096, 1024), ("PM-Unet-conv", 4096, 1024), ("Open-Unmix", 4096, 1024)))
 def test_a_relative_has_spectrograms_of_its_own(name, window, hop, relative):
     config, _, _ = mss.load_checkpoint(relative(name))
 

@@ -180,6 +180,10 @@ def update_average(average, model, step, decay):
         theirs = [x for x in model.state_dict().values() if x.is_floating_point()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
 
+def seed_of(args, step):
+    """For what is random in the network: it follows from the step, too, but differs by process."""
+    return int(np.random.default_rng((args.seed, step, RANK)).integers(2 ** 63))
+
 def why_to_stop(run, args, signals, late):
     """None, or why the run ends now: "stopped", "done" or "out of --hours"."""
     if signals:
@@ -231,6 +235,7 @@ def train(args, run, model, average, optimizer, segments, held_out):
         rate = learning_rate(run.step, args.lr, args.warmup, args.schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        torch.manual_seed(seed_of(args, run.step))
         flags = len(caught), clock() - start > 3600 * args.hours, segments.unreadable.sum()
         loss, norm, (signals, late, unreadable) = train_step(
             network, optimizer, batches, args, flags)
@@ -743,7 +748,7 @@ def loader(segments, args, first_step):
     while done < args.steps * args.accumulate:
         batches = iter(torch.utils.data.DataLoader(
             segments, batch_sampler=my_examples(args, done), num_workers=args.workers,
-            worker_init_fn=prepare_worker,
+            worker_init_fn=prepare_worker, generator=torch.Generator(),  # not what the network draws
             pin_memory=args.device != "cpu" and torch.cuda.is_available()))
 
         if hasattr(signal, "SIGCHLD"):                                # torch's would raise anywhere
@@ -795,7 +800,8 @@ def network_of(model, args):
             checkpoint_block(block)
 
     if args.compile:
-        for child in model.children():                                # but neither heads nor STFTs
+        # Neither heads nor STFTs. A model on bands has another one inside.
+        for child in (model.separator if isinstance(model, mss.Subbands) else model).children():
             child.compile()
 
     if WORLD == 1:
@@ -828,6 +834,33 @@ def without_statistics(block):
         for norm, (momentum, count) in zip(norms, before):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
+
+def standardise(model, segments, count=100):
+    """Let Open-Unmix's networks begin with inputs of mean 0 and deviation 1 in each bin.
+
+    Over the mixtures of the first examples, as far as they are read; other models have no such
+    parameters.
+    """
+    networks = [module for module in model.modules()
+                if isinstance(module, baselines.OpenUnmixTarget)]
+    if not networks:
+        return
+
+    frames, total, squares = 0, 0, 0
+    for i in range(count):
+        mixture, _ = segments[i]
+        X = mss.stft(mixture, model.config.window, model.config.hop)  # (C, T, F)
+        magnitude = X.abs().double().flatten(0, 1)                    # (C T, F)
+        frames += len(magnitude)
+        total += magnitude.sum(0)
+        squares += magnitude.square().sum(0)
+    mean = total / frames
+    deviation = (squares / frames - mean ** 2).clamp(min=0).sqrt()
+    deviation = deviation.clamp(min=1e-4 * deviation.max().item())    # of bins that are silent
+
+    for network in networks:
+        network.input_mean.data = -mean[:network.bins_read].float()
+        network.input_scale.data = 1 / deviation[:network.bins_read].float()
 
 # ---- Several processes --------------------------------------------------------------------------
 
@@ -1143,7 +1176,7 @@ def open_data(args, config):
         tracks, config, args.segment, args.mix_audio, args.augment, args.seed)
     return segments, held_out
 
-def build(args, config, device):
+def build(args, config, device, segments):
     """The model to train, with random weights by --seed, or those of --init."""
     torch.manual_seed(args.seed)
 
@@ -1154,6 +1187,8 @@ def build(args, config, device):
         except RuntimeError as error:                                 # of another residual target
             raise mss.UserError(f"--init {args.init}: not for --source {','.join(args.source)}: "
                                 f"{mss.one_line(error)}") from error
+    elif not Path(args.out, "last.pt").exists():                      # else they are read from it
+        standardise(model, segments)
     return model.to(device, memory_format=torch.channels_last).train()
 
 def main(argv=None):
@@ -1167,7 +1202,7 @@ def main(argv=None):
         stack.enter_context(alone_in(args.out))
         with first_process_first():
             segments, held_out = open_data(args, config)
-        model = build(args, config, device)
+        model = build(args, config, device, segments)
         average = copy.deepcopy(model) if args.ema else model
         optimizer = optimizer_of(model, args)
 

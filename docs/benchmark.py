@@ -302,11 +302,11 @@ def overlap(args):
     for seconds in OVERLAPS:
         samples = round(seconds * 100) * rate // 100
         blocks = mss.separate_track(model, mixture, overlap=samples)
-        hop = mss.grid_hop(mss.SEGMENT, samples, model.stride, samples // 2)
+        hop = mss.grid_hop(model.blocks[0], samples, model.stride, samples // 2)
         joins = torch.arange(hop + samples // 2, n, hop)
         near = (torch.arange(n)[:, None] - joins).abs().min(dim=1).values < rate // 4
         row(f"{seconds:.2f}", f"{mss.sdr(whole, blocks):.1f}",
-            f"{mss.sdr(whole[..., near], blocks[..., near]):.1f}", f"{mss.SEGMENT / hop - 1:.0%}")
+            f"{mss.sdr(whole[..., near], blocks[..., near]):.1f}", f"{model.blocks[0] / hop - 1:.0%}")
 
 # ---- All rows of MODELS -------------------------------------------------------------------------
 
