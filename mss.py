@@ -1121,7 +1121,7 @@ def ask(url, seconds):
 
     def open_and_close():
         try:
-            urllib.request.urlopen(url, timeout=seconds).close()
+            urllib.request.urlopen(url, timeout=60).close()
             answer.put(None)
         except Exception as error:                                    # it's raised below
             answer.put(error)
