@@ -464,8 +464,10 @@ class OpenUnmix(nn.Module):
         Y = torch.stack(masks, dim=1) * X[:, None]                    # (B, S, C, T, F)
         if self.training or not self.filtered:
             return Y
-        windows = zip(X.split(self.STRIDE, dim=2), Y.split(self.STRIDE, dim=3))
-        return torch.cat([wiener(x, y) for x, y in windows], dim=3)
+        for start in range(0, X.shape[2], self.STRIDE):
+            t = slice(start, start + self.STRIDE)
+            Y[:, :, :, t] = wiener(X[:, :, t], Y[:, :, :, t])
+        return Y
 
 # ---- MobileNet ----------------------------------------------------------------------------------
 

@@ -6490,7 +6490,8 @@ def benchmark():
 @pytest.fixture
 def benchmark_args(songs, checkpoint):
     return types.SimpleNamespace(
-        model=str(checkpoint), device="cpu", song=1.0, seconds=1.0, musdb=str(songs), workers=0,
+        model=str(checkpoint), device="cpu", bf16=False, song=1.0, seconds=1.0, musdb=str(songs),
+        workers=0,
         train="--model UNetDecouple+ --width 2 --batch-size 1 --segment 0.2")
 
 @pytest.fixture
@@ -6569,6 +6570,19 @@ def test_sections_print_tables(benchmark, benchmark_args, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("### ") == 3
     assert printed.count("| cell | cell |") == 2 + 4 + len(mss.MODELS)
+
+def test_networks_that_have_names_are_measured(benchmark, benchmark_args):
+    seconds, cells = benchmark.measure_named(benchmark_args, "paper-small")
+
+    assert seconds > 0
+    assert cells[2] == "306,418"
+    assert float(cells[3]) == pytest.approx(0.94, rel=0.05)           # the authors' figure
+    assert all(float(cell) > 0 for cell in cells[4:])
+
+def test_names_of_one_family_are_measured_once(benchmark):
+    names = {name.removesuffix("-accompaniment") for name in mss.PUBLISHED}
+
+    assert set(benchmark.NAMED) == names
 
 def test_the_loader_is_measured(benchmark, benchmark_args, capsys, ticking):
     benchmark.loader(benchmark_args)

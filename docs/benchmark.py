@@ -308,12 +308,56 @@ def overlap(args):
         row(f"{seconds:.2f}", f"{mss.sdr(whole, blocks):.1f}",
             f"{mss.sdr(whole[..., near], blocks[..., near]):.1f}", f"{model.blocks[0] / hop - 1:.0%}")
 
+# ---- Weights that have names --------------------------------------------------------------------
+
+OPEN_UNMIX = dict(model="Open-Unmix", targets=mss.SOURCES, window=4096, hop=1024)
+NAMED = {               # what they are made from; the values of weights don't matter here
+    "paper": mss.Config(),
+    "paper-fast": mss.Config("ResUNetDecouple+-subband", window=512, hop=110),
+    "paper-small": mss.Config("MobileNet-subband", window=512, hop=110),
+    "umxhq": mss.Config(width=512, **OPEN_UNMIX),
+    "umxl": mss.Config(width=1024, **OPEN_UNMIX),
+}
+
+def measure_named(args, name):
+    """Separate noise with a network of random weights -> (s, its row without the ratio)."""
+    mss.keep_memory()
+    device = mss.pick_device(args.device)
+    config = NAMED[name]
+    model = mss.MODELS[config.model](config).to(device, memory_format=torch.channels_last)
+    model = mss.fold_batch_norms(model.eval())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    noise = 0.1 * torch.randn(config.channels, round(args.song * config.sample_rate))
+    mss.separate_track(model, noise[:, :mss.SEGMENT], bf16=args.bf16)  # the first one is slower
+    seconds = seconds_of(lambda: mss.separate_track(model, noise, bf16=args.bf16))
+    peak = mss.peak_memory(device)
+
+    # Of a segment, without what overlaps.
+    with torch.inference_mode():
+        example = noise[None, :, :mss.SEGMENT].to(device)
+        macs = count_flops(lambda: model(example)) / 2
+    per_second = macs * config.sample_rate / example.shape[-1]
+    return seconds, (f"`{name}`", f"`{config.model}`", f"{parameters:,}", f"{per_second / 1e9:.2f}",
+                     f"{seconds / args.song:.3f}", f"{peak:.2f}")
+
+def named(args):
+    """Speed and memory of the networks whose weights have names, and their times' ratio."""
+    heading(f"Named weights: {args.song:g} s of noise, {'bfloat16' if args.bf16 else 'float32'}",
+            "", "model", "parameters", "GMAC per s of sound", "real-time factor", "peak GiB",
+            "time, the first one's being 1")
+    first = None
+    for name in NAMED:
+        seconds, cells = in_new_process(measure_named, args, name)
+        first = first or seconds
+        row(*cells, f"{seconds / first:.3f}")
+
 # ---- All rows of MODELS -------------------------------------------------------------------------
 
 WIDTHS = {              # that give about a million parameters; others have the paper's
     "UNetPhase": 8, "UNet": 8, "UNetDecouple": 8, "UNetDecouple+": 8, "ResUNet": 4,
     "ResUNetDecouple": 4, "ResUNetDecouple+": 4, "Wave-U-Net": 16, "Wave-U-Net-12": 8,
-    "DPRNN": 64, "PM-Unet": 4, "PM-Unet-conv": 4}
+    "DPRNN": 64, "PM-Unet": 4, "PM-Unet-conv": 4, "Open-Unmix": 64,
+    "ResUNetDecouple+-subband": 4, "MobileNet-subband": 64}
 
 def measure_model(args, name):
     """A row: size, work, speed of separation and of a training step of four seconds."""
@@ -351,7 +395,7 @@ def models(args):
 # ---- The command --------------------------------------------------------------------------------
 
 SECTIONS = {section.__name__: section for section in (
-    separation, training, loader, evaluation, overlap, models)}
+    separation, training, loader, evaluation, overlap, named, models)}
 
 def main(argv=None):
     parser = mss.parser(__doc__)
