@@ -748,7 +748,8 @@ def loader(segments, args, first_step):
     while done < args.steps * args.accumulate:
         batches = iter(torch.utils.data.DataLoader(
             segments, batch_sampler=my_examples(args, done), num_workers=args.workers,
-            worker_init_fn=prepare_worker, generator=torch.Generator(),  # not what the network draws
+            worker_init_fn=prepare_worker,
+            generator=torch.Generator(),                              # not what the network draws
             pin_memory=args.device != "cpu" and torch.cuda.is_available()))
 
         if hasattr(signal, "SIGCHLD"):                                # torch's would raise anywhere

@@ -306,7 +306,8 @@ def overlap(args):
         joins = torch.arange(hop + samples // 2, n, hop)
         near = (torch.arange(n)[:, None] - joins).abs().min(dim=1).values < rate // 4
         row(f"{seconds:.2f}", f"{mss.sdr(whole, blocks):.1f}",
-            f"{mss.sdr(whole[..., near], blocks[..., near]):.1f}", f"{model.blocks[0] / hop - 1:.0%}")
+            f"{mss.sdr(whole[..., near], blocks[..., near]):.1f}",
+            f"{model.blocks[0] / hop - 1:.0%}")
 
 # ---- Weights that have names --------------------------------------------------------------------
 
@@ -325,8 +326,8 @@ def measure_named(args, name):
     device = mss.pick_device(args.device)
     config = NAMED[name]
     model = mss.MODELS[config.model](config).to(device, memory_format=torch.channels_last)
-    model = mss.fold_batch_norms(model.eval())
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    model = mss.fold_batch_norms(model.eval())
     noise = 0.1 * torch.randn(config.channels, round(args.song * config.sample_rate))
     mss.separate_track(model, noise[:, :mss.SEGMENT], bf16=args.bf16)  # the first one is slower
     seconds = seconds_of(lambda: mss.separate_track(model, noise, bf16=args.bf16))
@@ -334,7 +335,7 @@ def measure_named(args, name):
 
     # Of a segment, without what overlaps.
     with torch.inference_mode():
-        example = noise[None, :, :mss.SEGMENT].to(device)
+        example = torch.randn(1, config.channels, mss.SEGMENT, device=device)
         macs = count_flops(lambda: model(example)) / 2
     per_second = macs * config.sample_rate / example.shape[-1]
     return seconds, (f"`{name}`", f"`{config.model}`", f"{parameters:,}", f"{per_second / 1e9:.2f}",
