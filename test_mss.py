@@ -4832,6 +4832,22 @@ def test_a_relative_separates_a_song(name, relative, songs, tmp_path):
     for audio in found.values():
         assert audio.shape == (2, track.frames)
 
+def test_a_network_on_bands_learns_resumes_and_separates(songs, tmp_path):
+    track, = mss.musdb_tracks(songs, "test")
+    words = dict(model="MobileNet-subband", lr=0.02, warmup=1, validate_every=99, log_every=1)
+    out = tmp_path / "run"
+
+    train_well(*quick(songs, out, steps=2, **words))
+    resumed = train_well(*quick(songs, out, steps=8, **words))
+    found = separated_by(out / "best.pt", track.files["mixture"], tmp_path / "stems")
+
+    assert "at step 2" in resumed
+    losses = column(out, "loss")
+    assert len(losses) == 8 and np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert set(found) == set(PAIR)
+    for audio in found.values():
+        assert audio.shape == (2, track.frames)
+
 @pytest.mark.parametrize("name", ("Wave-U-Net", "Wave-U-Net-12", "DPRNN"))
 def test_a_relatives_stems_sum_to_the_mixture(name, relative, songs, tmp_path):
     track, = mss.musdb_tracks(songs, "test")
