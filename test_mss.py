@@ -1853,10 +1853,11 @@ def test_without_a_network_it_is_said_how_to_get_published_weights(zenodo, song)
     is_not_downloaded(cached, song, "refused")
 
 def test_published_weights_that_are_damaged_are_to_be_deleted(zenodo, song):
-    zenodo.cached.parent.mkdir(parents=True)
-    zenodo.cached.write_bytes(zenodo.content[:9000])
+    _, (cached,) = zenodo.publish("paper", zenodo.content)
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(zenodo.content[:9000])
 
-    fails(separate.main, song, "-m", "paper", saying=(str(zenodo.cached), "delete it"))
+    fails(separate.main, song, "-m", "paper", saying=(str(cached), "delete it"))
 
 def test_published_weights_are_downloaded_once(zenodo, song):
     _, (cached,) = zenodo.publish("paper", zenodo.content)
