@@ -1144,7 +1144,7 @@ def choose_default():
     try:
         file, = published.files
         if not cached(file).exists():
-            ask(zenodo_url(published.record, file.name), seconds=8)
+            ask(zenodo_url(published.record, file.name), seconds=6)
         path, = fetch(name, timeout=10)
         load_checkpoint(path)
     except (UserError, OSError, http.client.HTTPException) as error:

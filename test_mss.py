@@ -1976,7 +1976,7 @@ def test_a_default_that_does_not_answer_falls_back(zenodo, song, monkeypatch):
     zenodo.publish("paper-small", zenodo.content)
     zenodo.handler.delay = 60.0
     ask = mss.ask
-    monkeypatch.setattr(mss, "ask", lambda url, seconds: ask(url, seconds / 80))
+    monkeypatch.setattr(mss, "ask", lambda url, seconds: ask(url, seconds / 60))
 
     falls_back(song, "no answer")
 
