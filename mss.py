@@ -1148,7 +1148,7 @@ def choose_default():
         path, = fetch(name, timeout=10)
         load_checkpoint(path)
     except (UserError, OSError, http.client.HTTPException) as error:
-        card = load_checkpoint(*checkpoint_paths("bundled"))[2]
+        card = load_checkpoint(checkpoint_path("bundled"))[2]
         print(f"notice: -m bundled, for -m {name} can't be had: {one_line(error)}; {card['about']};"
               " the paper's quality: -m paper, 461 MB", file=sys.stderr)
         return "bundled"

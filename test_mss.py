@@ -1898,6 +1898,10 @@ def test_a_name_of_several_files_brings_a_model_of_all_their_targets(umxhq):
     assert model.config.targets == mss.SOURCES
     assert model.backbone.filtered
 
+def test_a_name_of_several_files_has_no_single_path(umxhq):
+    with pytest.raises(mss.UserError, match="umxhq: a name of one file expected, found 4"):
+        mss.checkpoint_path("umxhq")
+
 def test_files_of_open_unmix_that_are_loaded_together_filter(umxhq):
     """As if they were one name."""
     mixture = noise(1, 2, 9000)
