@@ -4107,15 +4107,6 @@ def test_the_log_of_a_run_whose_checkpoint_is_gone_is_kept(songs, eight):
     assert (eight / "log-1.csv").read_text() == "an older one"
     assert (eight / "log-2.csv").read_bytes() == old
 
-def test_a_validation_that_is_to_be_done_again_is_not_in_the_log(tmp_path):
-    """It was logged, but the run was killed before last.pt said so."""
-    (tmp_path / "log.csv").write_text("step,loss,valid_sdr_vocals\n3,0.5,\n3,,1.0\n4,0.5,\n")
-    args = types.SimpleNamespace(out=tmp_path, source=("vocals",))
-
-    log = train.Log(args, train.Run({}, step=3, validated=0))
-
-    assert [(row["step"], row["loss"]) for row in log.rows] == [("3", "0.5")]
-
 def test_a_row_of_the_log_is_of_the_steps_that_were_finite(songs, tmp_path, monkeypatch):
     results = iter([(1.0, 2.0), (math.nan, 3.0), (3.0, math.inf), (5.0, 7.0)])
     monkeypatch.setattr(train, "train_step", lambda *words: (*next(results), [0, 0, 0]))
