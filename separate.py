@@ -177,7 +177,7 @@ def tell(what, paths):
     """Say on stderr how many paths are so, and name some; nothing where there is none."""
     if paths:
         names = ", ".join(map(line, sorted(paths)[:5])) + (", ..." if len(paths) > 5 else "")
-        print(f"notice: {len(paths)} {what}: {names}", file=sys.stderr)
+        print(f"notice: {what} ({len(paths)}): {names}", file=sys.stderr)
 
 def audio_files(folder, out):
     """(songs, stems of earlier runs): the audio files at any depth of a folder, but hidden ones.
@@ -203,8 +203,8 @@ def audio_files(folder, out):
 
     tell("stems of an earlier run left out", stems)
     tell("linked folders not searched", links)
-    tell("folders can't be read", [error.filename for error in closed])
-    tell("files look like audio but can't be read", others)
+    tell("folders that can't be read", [error.filename for error in closed])
+    tell("like audio by name, but not readable", others)
     return sorted(songs), stems
 
 def find_songs(inputs, out):
@@ -446,7 +446,7 @@ def main(argv=None):
     # Process 0 speaks for all.
     mss.wait_for(store, [f"song {i}" for i in range(len(songs))])
     ends = {path: store.get(f"song {i}").decode() for i, (path, _) in enumerate(songs)}
-    tell("songs skipped, whose stems are there", [path for path in ends if ends[path] == "skipped"])
+    tell("skipped, for their stems are there", [path for path in ends if ends[path] == "skipped"])
     failed = [str(path) for path in ends if ends[path] == "failed"]
     if failed and len(songs) > 1:
         names = line(", ".join(failed))

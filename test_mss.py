@@ -5478,7 +5478,7 @@ def test_songs_that_are_done_are_skipped_unless_they_are_new(checkpoint, tmp_pat
     code, stdout, err = call(*command)
 
     assert code == 0
-    assert "notice: 1 songs skipped" in err and err.strip().endswith("a.wav")
+    assert "skipped, for their stems are there (1): " in err and err.strip().endswith("a.wav")
     assert re.findall(r"(\w)\.wav: 0\.0 s", stdout) == ["b", "c"]
 
 def test_what_killed_processes_left_is_removed_at_the_next_start(checkpoint, song, tmp_path):
