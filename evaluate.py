@@ -358,7 +358,7 @@ def separated_on_disk(stack, model, track, folder, bf16=False):
     blocks = (mixture[:, t:t + PIECE] for t in range(0, max(length, 1), PIECE))
     blocks = mss.separate_blocks(model, blocks, bf16=bf16)            # (S, C, n) each
 
-    temporary = tempfile.TemporaryDirectory(prefix=".partial-", dir=folder)
+    temporary = tempfile.TemporaryDirectory(prefix=mss.partial_prefix(), dir=folder)
     folder = stack.enter_context(temporary)
     targets = model.config.targets
     paths = [Path(folder, f"{i}.wav") for i in range(len(targets))]
@@ -1038,6 +1038,7 @@ def main(argv=None):
     for folder in (args.results, args.json, args.out, args.report):   # fails now or never
         if folder:
             os.makedirs(folder, exist_ok=True)
+    mss.remove_partials(args.results)
     store.set("ready", json.dumps(args.model))
 
     args.identity = identity_of(args, device)

@@ -764,9 +764,10 @@ def replacing(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-def partial_prefix():
-    """How the names of this process's unfinished files and folders begin."""
-    return f".partial-{os.getpid()}-"
+def partial_prefix(pid=None):
+    """How the names of this process's unfinished files and folders begin, or of another's."""
+    host = re.sub(r"\W", "", socket.gethostname())[:30]               # disks are shared
+    return f".partial-{host}-{pid or os.getpid()}-"
 
 def is_running(pid):
     """Whether a process is, or may be; on Windows open files can't be removed anyway."""
@@ -785,7 +786,7 @@ def remove_partials(folder):
     """
     names = os.listdir(folder) if os.path.isdir(folder) else ()
     for name in names:
-        pid = re.match(r"\.partial-(\d+)-", name)
+        pid = re.match(partial_prefix("PID").replace("PID", r"(\d+)"), name)
         if pid and (int(pid[1]) == os.getpid() or not is_running(int(pid[1]))):
             path = Path(folder, name)
             with contextlib.suppress(OSError):
@@ -970,7 +971,8 @@ def convert_published(content, file_name):
         names = ", ".join(map(str, list(weights)[:3])) or "nothing"
         raise UserError(f"weights of this program, of ResUNet143 (ISMIR 2021 or subband), "
                         f"MobileNet_Subbandtime or Open-Unmix expected, found {names}, ...")
-    targets = [name for name in (*SOURCES, "accompaniment") if name in file_name]
+    words = re.split("[^a-z]+", file_name.lower())
+    targets = [name for name in (*SOURCES, "accompaniment") if name in words]
     if len(targets) != 1:
         raise UserError("a file name that tells the target expected, such as vocals.pth")
 
@@ -1067,6 +1069,7 @@ def check_hash(path, file):
 
 def download(file, url):
     """Put the File into the cache, whole, or raise what urllib does, or UserError."""
+    remove_partials(download_folder())
     with replacing(cached(file)) as temporary:
         torch.hub.download_url_to_file(url, temporary, progress=on_terminal(sys.stderr))
         check_size(temporary, file)
@@ -1115,24 +1118,29 @@ def checkpoint_path(name):
         raise UserError(f"{name}: a name of one file expected, found {len(others) + 1}")
     return path
 
-def ask(url, seconds):
-    """Raise OSError unless a server answers so soon. In a thread: name look-ups know no timeout."""
+def within(seconds, work):
+    """What work() returns or raises; TimeoutError if it takes longer, which goes on by itself.
+
+    In a thread: name look-ups know no timeout, and a download's is for every read of it.
+    """
     answer = queue.SimpleQueue()
 
-    def open_and_close():
+    def do():
         try:
-            urllib.request.urlopen(url, timeout=60).close()
-            answer.put(None)
+            answer.put((work(), None))
         except Exception as error:                                    # it's raised below
-            answer.put(error)
+            answer.put((None, error))
 
-    threading.Thread(target=open_and_close, daemon=True).start()
+    threading.Thread(target=do, daemon=True).start()
     try:
-        error = answer.get(timeout=seconds)
+        result, error = answer.get(timeout=seconds)
     except queue.Empty:
-        error = TimeoutError(f"no answer from {url} in {seconds} s")
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
     if error:
         raise error
+    return result
+
+PATIENCE = 6            # s until a server has to answer; its 4.6 MB may take ten times as long
 
 def choose_default():
     """The name of the weights that are used without -m; stderr tells which they are, and why.
@@ -1144,13 +1152,14 @@ def choose_default():
     try:
         file, = published.files
         if not cached(file).exists():
-            ask(zenodo_url(published.record, file.name), seconds=6)
-        path, = fetch(name, timeout=10)
+            url = zenodo_url(published.record, file.name)
+            within(PATIENCE, lambda: urllib.request.urlopen(url, timeout=60).close())
+        path, = within(10 * PATIENCE, lambda: fetch(name, timeout=10))
         load_checkpoint(path)
     except (UserError, OSError, http.client.HTTPException) as error:
         card = load_checkpoint(checkpoint_path("bundled"))[2]
-        print(f"notice: -m bundled, for -m {name} can't be had: {one_line(error)}; {card['about']};"
-              " the paper's quality: -m paper, 461 MB", file=sys.stderr)
+        print(f"notice: -m {name} can't be had ({one_line(error)}), so -m bundled: much weaker, "
+              f"{card['about']}; the paper's quality: -m paper, 461 MB", file=sys.stderr)
         return "bundled"
     print(f"notice: -m {name}, a small network of the paper's authors: vocals "
           f"{published.sdr['vocals']} dB SDR by {published.said_by}; the paper's quality: -m paper,"
@@ -1175,9 +1184,10 @@ class Together(Model):
     """Several models on the same mixture: (B, C, L) -> (B, S1 + S2 + ..., C, L)."""
 
     def __init__(self, models):
-        # The longest stride and blocks: a common multiple of all could be longer than a segment.
+        # The longest stride, for a common multiple of all could be longer than a segment; the
+        # shortest blocks, for longer ones could be too much for another model's memory.
         super().__init__(joint_config(models), stride=max(model.stride for model in models),
-                         blocks=max(model.blocks for model in models))
+                         blocks=min(model.blocks for model in models))
         self.models = nn.ModuleList(models)
 
     def forward(self, mixture):
@@ -1299,7 +1309,7 @@ def open_track(folder, name=None):
 def new_folder(folder):
     """Yield a temporary folder that becomes `folder` if all goes well: never half a song."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=folder.parent) as temporary:
         work = Path(temporary, "song")
         work.mkdir()
         yield work
@@ -1335,7 +1345,7 @@ def decoded(song, place):
     stems = find_stems(song) if song.is_dir() else dict.fromkeys(STEM_MP4, song)
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in stems.values()]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-    name = song.name.removesuffix(".stem.mp4")
+    name = song.name if song.is_dir() else song.name[:-len(".stem.mp4")]
     folder = place / f"{name} {key}"
 
     with contextlib.suppress(UserError, OSError):
@@ -1344,6 +1354,7 @@ def decoded(song, place):
             return track
 
     shutil.rmtree(folder, ignore_errors=True)
+    remove_partials(place)
     try:
         with new_folder(folder) as work:
             decode_stems(song, work) if song.is_dir() else decode_stem_mp4(song, work)
@@ -1370,8 +1381,9 @@ def musdb_songs(root, subset):
     folder = root / ("train" if by_title else subset)
     songs = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        name = path.name.removesuffix(".stem.mp4")
-        is_song = path.is_dir() or path.name.endswith(".stem.mp4")
+        is_stems = path.name.lower().endswith(".stem.mp4")
+        name = path.name[:-len(".stem.mp4")] if is_stems else path.name
+        is_song = path.is_dir() or is_stems
         if not is_song or name.startswith((".", "__MACOSX")):
             continue
 
@@ -1696,12 +1708,13 @@ def run_ffmpeg(path, *output, options=(), why=""):
     command = [program, "-nostdin", "-v", "error", "-y", *options, "-i", f"file:{path}", *output]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, errors="replace")
+    told = re.sub(r" @ 0x\w+", "", done.stderr)                       # addresses, of no use
     whole = all(word.is_file() for word in output if isinstance(word, Path))
     if done.returncode or not whole:
-        reason = one_line(done.stderr or f"no output, exit code {done.returncode}")
+        reason = one_line(told or f"no output, exit code {done.returncode}")
         raise UserError(f"{path}: readable neither by soundfile nor by ffmpeg: {reason}")
     if done.stderr:                                                   # such as of a truncated file
-        print(f"notice: {path}: ffmpeg: {one_line(done.stderr)}", file=sys.stderr)
+        print(f"notice: {path}: ffmpeg: {one_line(told)}", file=sys.stderr)
 
 def encoded(path):
     """A path as soundfile takes it: in bytes where they aren't the file system's encoding."""
@@ -1731,8 +1744,11 @@ def read_to_end(path):
     if any(count < BLOCK for count in counts[:-1]):                   # Ogg: pages are missing
         raise soundfile.SoundFileError("samples are missing in the middle")
 
-    # Chunks and tags behind the sound begin with a word, such as LIST, TAG or APETAGEX.
-    return sum(counts), len(rest) == 1024 and not re.match(rb"\0?[\w ]{4}", rest)
+    # Chunks and tags behind the sound begin with a word, such as LIST, TAG or APETAGEX; a joined
+    # file with that of its kind. Zeros are padding.
+    is_tag = re.match(rb"\0?[\w ]{4}|ID3|\(c\) ", rest)
+    is_joined = rest.startswith((b"RIFF", b"FORM", b"caff", b"fLaC", b"OggS"))
+    return sum(counts), len(rest) == 1024 and any(rest) and (is_joined or not is_tag)
 
 def length_is_a_guess(file, path):
     """Whether an MP3 lacks the header that states its length."""
@@ -1900,6 +1916,10 @@ LIMITS = {              # channels and sample rates that a format can hold
 def check_limits(path, rate, channels):
     """Raise UserError for what a format can't hold; libsndfile has crashed there."""
     suffix = Path(path).suffix.lower()
+    known = {".aif", ".mp3", *(f".{name.lower()}" for name in soundfile.available_formats())}
+    if suffix not in known:
+        raise UserError(f"{path}: not written: a name that ends in .wav, .flac, .ogg or .mp3 "
+                        f"expected, found {suffix or 'none'}")
     most, rates = LIMITS.get(suffix, (1024, range(1, 1 << 31)))
     if channels > most:
         raise UserError(f"{path}: not written: {suffix} holds {most} channels, found {channels}")

@@ -1979,10 +1979,17 @@ def test_a_default_that_nobody_serves_falls_back(zenodo, song):
 def test_a_default_that_does_not_answer_falls_back(zenodo, song, monkeypatch):
     zenodo.publish("paper-small", zenodo.content)
     zenodo.handler.delay = 60.0
-    ask = mss.ask
-    monkeypatch.setattr(mss, "ask", lambda url, seconds: ask(url, seconds / 60))
+    monkeypatch.setattr(mss, "PATIENCE", 0.1)
 
-    falls_back(song, "no answer")
+    falls_back(song, "no answer within 0.1 s")
+
+def test_a_default_that_takes_for_ever_falls_back(zenodo, song, monkeypatch):
+    """Its server answers at once, and each read of it ends in time."""
+    zenodo.publish("paper-small", zenodo.content)
+    zenodo.handler.stall = 60.0
+    monkeypatch.setattr(mss, "PATIENCE", 0.1)
+
+    separates_by_default(song, "bundled", "no answer within 1 s")
 
 def test_a_default_that_stops_arriving_falls_back(zenodo, song, monkeypatch):
     zenodo.publish("paper-small", zenodo.content)
@@ -2249,6 +2256,16 @@ def test_a_stem_mp4_is_decoded_to_five_files_of_16_bits(tmp_path):
     files = list(tmp_path.glob("train/Music Delta - 80s Rock */*"))
     assert sorted(path.stem for path in files) == sorted([*mss.SOURCES, "mixture"])
     assert {soundfile.info(path).subtype for path in files} == {"PCM_16"}
+
+@needs_ffmpeg
+def test_a_stem_mp4_in_capitals_is_a_song(tmp_path):
+    song, = data("musdb_samples").glob("train/*.stem.mp4")
+    (tmp_path / "root" / "train").mkdir(parents=True)
+    shutil.copy(song, tmp_path / "root" / "train" / "A - B.Stem.MP4")
+
+    track, = mss.musdb_tracks(tmp_path / "root", "train")
+
+    assert track.name == "A - B"
 
 @needs_ffmpeg
 def test_a_stem_mp4_is_decoded_once(tmp_path, monkeypatch):
@@ -2844,6 +2861,22 @@ def test_samples_that_are_not_finite_are_not_written(tmp_path):
         mss.write_audio(tmp_path / "nan.wav", audio, RATE)
 
     assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("name", ["x.m4a", "x", "x.opus2"])
+def test_a_name_of_no_format_is_refused(name, tmp_path):
+    with pytest.raises(mss.UserError, match="ends in .wav, .flac, .ogg or .mp3 expected"):
+        mss.write_audio(tmp_path / name, noise(2, 100), RATE)
+
+@pytest.mark.parametrize("tail", [b"ID3\3" + b"\xff\x80" * 9000, bytes(9000)])
+def test_tags_and_padding_behind_a_wav_are_no_sound(tail, tmp_path, capsys):
+    path = tmp_path / "tagged.wav"
+    mss.write_audio(path, noise(2, 1000), RATE)
+    path.write_bytes(path.read_bytes() + tail)
+
+    audio, _ = mss.read_audio(path)
+
+    assert audio.shape == (2, 1000)
+    assert not capsys.readouterr().err
 
 @pytest.mark.parametrize("start, frames", [(-5, 10), (0.5, 10), (0, -2), (None, 10)])
 def test_a_part_before_the_file_is_refused(start, frames, tmp_path):
@@ -4180,6 +4213,11 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(songs, t
     assert "--out" in stderr and "a folder to write to expected" in stderr
     assert "step 1" not in stdout
 
+def test_a_last_whose_counters_are_none_is_named(songs, eight):
+    change_checkpoint(eight / "last.pt", lambda last: last.update(rows=5))
+
+    fails(train.main, *flags(songs, eight), saying=("last.pt", "rows: list expected"))
+
 def test_a_last_that_no_run_has_saved_is_named(songs, eight):
     def forget(last):
         del last["optimizer"]
@@ -4724,6 +4762,9 @@ def test_weights_for_other_numbers_of_targets_are_refused(songs, four, tmp_path)
 def test_weights_of_another_size_are_refused(songs, four, tmp_path):
     fails(train.main, *quick(songs, tmp_path, init=four / "best.pt", source=None, width=4),
           saying=("--init", "same model, sizes"))
+
+def test_weights_to_begin_with_have_a_name_of_their_own(songs, tmp_path):
+    fails(train.main, *quick(songs, tmp_path, init="default"), saying=("--init", "bundled"))
 
 def test_weights_for_another_residual_are_refused(songs, tmp_path):
     """Of vocals and accompaniment a Wave-U-Net estimates one; of vocals and bass both."""
@@ -5484,7 +5525,7 @@ def test_songs_that_are_done_are_skipped_unless_they_are_new(checkpoint, tmp_pat
 def test_what_killed_processes_left_is_removed_at_the_next_start(checkpoint, song, tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    partials = [tmp_path / "out" / folder / f".partial-{pid}-{name}"
+    partials = [tmp_path / "out" / folder / f"{mss.partial_prefix(pid)}{name}"
                 for folder, pid, name in (("song", dead.pid, "vocals.wav"),
                                           ("other", os.getpid(), "vocals.wav"),
                                           ("other", dead.pid, "x/0.wav"),
@@ -5496,6 +5537,16 @@ def test_what_killed_processes_left_is_removed_at_the_next_start(checkpoint, son
     separate_song(checkpoint, song)
 
     assert [path for path in tmp_path.rglob(".partial-*")] == [partials[-1]]
+
+def test_what_processes_of_other_machines_write_stays(checkpoint, song, tmp_path, monkeypatch):
+    theirs = tmp_path / "out" / "song" / mss.partial_prefix(os.getpid())
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+
+    separate_song(checkpoint, song)
+
+    assert theirs.exists()
 
 def test_songs_whose_names_differ_in_case_get_folders_of_their_own():
     found = separate.find_songs([Path("x/song.wav"), Path("y/Song.wav")], Path("out"))

@@ -419,6 +419,9 @@ def resume(out, settings, model, average, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         names = [field.name for field in dataclasses.fields(Run)]
         run = Run(**{name: state[name] for name in names if name in state})
+        for field in dataclasses.fields(Run):
+            if not isinstance(getattr(run, field.name), field.type):
+                raise TypeError(f"{field.name}: {field.type.__name__} expected")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise mss.UserError(f"{path}: a run of train.py expected, found another checkpoint: "
                             f"{mss.one_line(error)}") from error
@@ -472,7 +475,7 @@ class Log:
         names = (self.path.with_name(f"log-{i}.csv") for i in itertools.count(1))
         kept = next(path for path in names if not path.exists())
         self.path.rename(kept)
-        print(f"notice: {self.path} is not as this run left it: kept as {kept.name}; the new one "
+        print(f"notice: {self.path} is not as last.pt says: kept as {kept.name}; the new one "
               f"has the {len(self.rows)} rows that last.pt holds", file=sys.stderr)
 
     def content(self):
@@ -1088,6 +1091,9 @@ def build_parser():
 def apply_recipe(args):
     """Fill in what no flag says: from --init, the demo, the model's recipe, the paper's."""
     initial = {}
+    if args.init == "default":
+        raise mss.UserError("--init: a file, or a name such as bundled or paper-small expected; "
+                            "default is now this, now that")
     if args.init:
         args.init_config = mss.load_model(args.init).config
         initial = {name: getattr(args.init_config, name) for name in SIZES}
