@@ -5478,9 +5478,9 @@ def test_what_a_search_leaves_out_is_named(tmp_path, capsys, monkeypatch):
 
     assert [path.name for path in songs] == ["a.OGA", "b.m4b", "c.w64", "d.weba"]
     links, folders, files = capsys.readouterr().err.splitlines()
-    assert "1 linked" in links and links.endswith("linked")
-    assert "1 folders" in folders and folders.endswith("closed")
-    assert "2 files" in files and "e.mid" in files and "loop.wav" in files
+    assert "linked" in links and "(1)" in links and links.endswith("linked")
+    assert "folders that" in folders and "(1)" in folders and folders.endswith("closed")
+    assert "(2)" in files and "e.mid" in files and "loop.wav" in files
 
 def test_a_link_to_itself_is_a_failure_as_others(checkpoint, song):
     loop = song.parent / "loop"
