@@ -1745,10 +1745,12 @@ def read_to_end(path):
         raise soundfile.SoundFileError("samples are missing in the middle")
 
     # Chunks and tags behind the sound begin with a word, such as LIST, TAG or APETAGEX; a joined
-    # file with that of its kind. Zeros are padding.
-    is_tag = re.match(rb"\0?[\w ]{4}|ID3|\(c\) ", rest)
+    # file with that of its kind. Behind bare samples there may also be ID3 tags and padding.
+    is_tag = re.match(rb"\0?[\w ]{4}", rest)
+    if file.format not in ("MP3", "FLAC", "OGG"):
+        is_tag = is_tag or re.match(rb"ID3|\(c\) ", rest) or not any(rest)
     is_joined = rest.startswith((b"RIFF", b"FORM", b"caff", b"fLaC", b"OggS"))
-    return sum(counts), len(rest) == 1024 and any(rest) and (is_joined or not is_tag)
+    return sum(counts), len(rest) == 1024 and bool(is_joined or not is_tag)
 
 def length_is_a_guess(file, path):
     """Whether an MP3 lacks the header that states its length."""
