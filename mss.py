@@ -1807,6 +1807,16 @@ def ogg_is_cut(path):
     is_last = len(page) >= size and page[5] & 4
     return is_ogg and not is_last
 
+def holds_another(path):
+    """Whether a second WAV or AIFF follows the first: neither soundfile nor ffmpeg reads on."""
+    with open(path, "rb") as file:
+        word, size = file.read(4), file.read(4)
+        order = {b"RIFF": "little", b"FORM": "big"}.get(word)
+        if order is None:
+            return False
+        file.seek(8 + int.from_bytes(size, order))
+        return file.read(4) == word
+
 SHORTER = (             # what libsndfile notes of headers that state more than there is
     r"^ *(?:data|SSND|BODY|Data Size|riff) *: (?P<stated>\d+) \(should be (?P<found>\d+)\)",
     r"frame count (?P<found>\d+) does not match value from 'ds64' chunk of (?P<stated>\d+)")
@@ -1848,14 +1858,19 @@ def open_audio(path, whole=False):
             wav = file and file.format in ("WAV", "WAVEX", "RF64")
             options = ("-ignore_length", 1) if wav else ()
             folder = stack.enter_context(tempfile.TemporaryDirectory())
+            before = file.frames if file else 0
             file = stack.enter_context(decode(path, folder, options, why))
+            how = "read by ffmpeg" if file.frames > before else "left out, for ffmpeg reads no more"
+        elif why:
+            how = "the rest is left out without ffmpeg"
         if why:
-            how = "read by ffmpeg" if by_ffmpeg else "the rest is left out without ffmpeg"
             print(f"notice: {path}: {why}; {how}", file=sys.stderr)
 
         check_whole(file, path, tolerance=0.1 if whole else 0.0)
         if whole and ogg_is_cut(path):
             print(f"notice: {path}: truncated? its last page is missing", file=sys.stderr)
+        if whole and holds_another(path):
+            print(f"notice: {path}: another file follows in it and is left out", file=sys.stderr)
         if file.channels > 2:
             raise UserError(f"{path}: 1 or 2 channels expected, found {file.channels}; to mix "
                             "them down: ffmpeg -i FILE -ac 2 STEREO.wav")

@@ -299,7 +299,7 @@ def build_parser():
     add("--list-models", action="store_true", help="print the models that have names")
     add("-o", "--out", default="separated", type=Path, help="output folder (default: %(default)s)")
     add("--skip-existing", action="store_true",
-        help="leave out songs whose stems are there, and no older than the song")
+        help="leave out songs whose stems are there, of whatever flags, and no older than the song")
 
     add("--ext", choices=("wav", "flac", "mp3", "ogg"), default="wav",
         help="default: wav, in float32")

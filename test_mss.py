@@ -2878,6 +2878,18 @@ def test_tags_and_padding_behind_a_wav_are_no_sound(tail, tmp_path, capsys):
     assert audio.shape == (2, 1000)
     assert not capsys.readouterr().err
 
+@needs_ffmpeg                                                         # soundfile opens none of them
+@pytest.mark.parametrize("name", ["joined.wav", "joined.aiff"])
+def test_what_is_left_out_of_joined_files_is_told(name, tmp_path, capsys):
+    path = tmp_path / name
+    soundfile.write(path, noise(1000, 2).numpy(), RATE, "PCM_16")
+    path.write_bytes(2 * path.read_bytes())
+
+    audio, _ = mss.read_audio(path)
+
+    assert audio.shape == (2, 1000)
+    assert f"{name}: another file follows in it and is left out" in capsys.readouterr().err
+
 @pytest.mark.parametrize("start, frames", [(-5, 10), (0.5, 10), (0, -2), (None, 10)])
 def test_a_part_before_the_file_is_refused(start, frames, tmp_path):
     mss.write_audio(tmp_path / "noise.wav", noise(2, 100), RATE)

@@ -917,8 +917,9 @@ def alone_in(out):
                 lock(file)
             except (BlockingIOError, PermissionError):
                 raise mss.UserError(f"--out {out}: another run is at work there") from None
-            except OSError:                                           # a disk without locks
-                pass
+            except OSError as error:
+                print(f"notice: {out}: a second run there would not be noticed, for this disk has "
+                      f"no locks: {mss.one_line(error)}", file=sys.stderr)
             yield
     finally:
         with contextlib.suppress(OSError):
