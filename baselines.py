@@ -536,6 +536,27 @@ class MobileUNet(nn.Module):
             x = decoder(torch.cat([up(x), skips.pop()], dim=1))
         return self.after(x)                                          # (B, width, T, F)
 
+# ---- TDF ----------------------------------------------------------------------------------------
+
+class TDF(nn.Module):
+    """(B, D, T, F) -> (B, D, T, F): two linear layers along frequency, with a bottleneck; added.
+
+    A time-distributed fully-connected network (Choi et al. 2020, Investigating U-Nets with various
+    intermediate blocks): all frames and features share its weights.
+    """
+
+    def __init__(self, features, bins):
+        super().__init__()
+        hidden = max(bins // 8, 8)
+        self.squeeze = nn.Linear(bins, hidden, bias=False)
+        self.norm1 = nn.BatchNorm2d(features, momentum=0.01)
+        self.expand = nn.Linear(hidden, bins, bias=False)
+        self.norm2 = nn.BatchNorm2d(features, momentum=0.01)
+
+    def forward(self, x):
+        y = F.relu(self.norm1(self.squeeze(x)), inplace=True)         # (B, D, T, F / 8)
+        return x + F.relu(self.norm2(self.expand(y)), inplace=True)
+
 # What gradient checkpointing computes again (train.py --checkpoint-blocks).
 BLOCKS = (
     WaveBlock,

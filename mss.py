@@ -439,6 +439,36 @@ class Subbands(Model):
 def mobile_unet(config):
     return baselines.MobileUNet(config.channels, config.width)
 
+# The bundled weights' network: on four bands as well, but of the spectrogram.
+
+class BandedUNet(nn.Module):
+    """(B, C, T, F) -> (B, width, T, F): the paper's UNet on 4 C channels of F / 4 bins each.
+
+    A fourth of the work of a UNet as wide. After each of its blocks there is a TDF, through which
+    a bin sees all others of its band. F is that without the highest bin.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.window % 512:
+            raise UserError(f"Config: window: for {config.model} a multiple of 512 expected, found "
+                            f"{config.window}")
+        self.unet = UNet(BANDS * config.channels, config.width, residual=False)
+        self.frame_multiple = self.unet.frame_multiple
+        self.join = nn.Conv2d(config.width, BANDS * config.width, 1)
+
+        bins = config.window // 2 // BANDS
+        for i, encoder in enumerate(self.unet.encoders):
+            features = encoder[0].out_channels
+            decoder = self.unet.decoders[-1 - i]
+            self.unet.encoders[i] = nn.Sequential(encoder, baselines.TDF(features, bins >> i))
+            decoder.block = nn.Sequential(decoder.block, baselines.TDF(features, bins >> i))
+
+    def forward(self, x):
+        x = x.unflatten(-1, (BANDS, -1)).movedim(-2, 1).flatten(1, 2)  # (B, 4 C, T, F / 4)
+        y = self.join(self.unet(x))                                   # (B, 4 width, T, F / 4)
+        return y.unflatten(1, (BANDS, -1)).movedim(1, -2).flatten(-2)  # (B, width, T, F)
+
 MODELS |= {
     "Wave-U-Net":       lambda c: WaveformModel(c, baselines.WaveUNet),
     "Wave-U-Net-12":    lambda c: WaveformModel(c, baselines.WaveUNet12),
@@ -449,6 +479,7 @@ MODELS |= {
                             c, baselines.OpenUnmix, "reflect", hops(2700, 300, c.hop)),
     "ResUNetDecouple+-subband": lambda c: Subbands(c, resunet),
     "MobileNet-subband":        lambda c: Subbands(c, mobile_unet),
+    "UNet-TDF-bands":           lambda c: Separator(c, BandedUNet(c), magnitude_mask),
 }
 
 # ==== II. Using a model ==========================================================================
@@ -1505,13 +1536,17 @@ def second(x, rng):
     late = min(int(rng.integers(441, 1764)), x.shape[1])
     return x + rng.uniform(0.3, 1) * F.pad(voice, (late, 0))[:, :x.shape[1]]
 
+def transform_size(samples):
+    """A size for an FFT of so many samples, or some more: its factors are small."""
+    return math.ceil(samples / 4096) * 4096
+
 def octaves(size):
     """How many octaves below the highest frequency each bin of an rfft of `size` samples is."""
     return -np.log2(np.linspace(1 / size, 1, size // 2 + 1))
 
 def equalizer(x, rng):
     """A random gain for each octave, of up to 6 dB; in between it is interpolated."""
-    size = 1 << x.shape[1].bit_length()
+    size = transform_size(x.shape[1] + 1)
     decibels = np.interp(octaves(size), np.arange(10), rng.uniform(-6, 6, 10))
     response = torch.from_numpy(10 ** (decibels / 20)).to(x.dtype)
     return torch.fft.irfft(torch.fft.rfft(x, size) * response, size)[:, :x.shape[1]]
@@ -1521,7 +1556,7 @@ def room(x, rng):
     length = int(44100 * rng.uniform(0.2, 1.5))
     decay = 10 ** (-3 * np.arange(length, dtype="float32") / length)
     noise = torch.from_numpy(rng.standard_normal((len(x), length), "float32") * decay)
-    size = 1 << (x.shape[1] + length).bit_length()
+    size = transform_size(x.shape[1] + length)
 
     # The walls take the high frequencies first.
     dull = 1 / (1 + 2 ** (rng.uniform(1, 3) - octaves(size)))

@@ -75,6 +75,7 @@ TABLE_3 = (
     "ResUNetDecouple+")
 RELATIVES = ("Wave-U-Net", "Wave-U-Net-12", "DPRNN", "PM-Unet", "PM-Unet-conv", "Open-Unmix")
 SUBBANDS = ("ResUNetDecouple+-subband", "MobileNet-subband")
+BUNDLED = ("UNet-TDF-bands",)                                         # the bundled weights' own
 ROWS = tuple(mss.MODELS)
 PAIR = ("vocals", "accompaniment")
 PATIENCE = 3600         # s until a subprocess counts as hanging, however slow the machine
@@ -93,7 +94,7 @@ def data(name):
 def small(name="UNetDecouple+", **changes):
     """(config, model) of few features and bins: the same code in milliseconds."""
     torch.manual_seed(0)
-    window = 512 if name.startswith("PM") else 256                    # its bins are pooled by 4^4
+    window = 512 if name.startswith(("PM", "UNet-TDF")) else 256      # pooled by 4^4, or 4 bands
     sizes = {"window": window, "hop": 64, "width": 2, **changes}
     config = mss.Config(model=name, **sizes)
     return config, mss.MODELS[name](config)
@@ -299,7 +300,7 @@ def test_the_first_rows_are_table_3s():
     assert tuple(mss.MODELS)[:7] == TABLE_3
 
 def test_the_other_rows_are_the_relatives_and_have_recipes():
-    assert tuple(mss.MODELS)[7:] == RELATIVES + SUBBANDS
+    assert tuple(mss.MODELS)[7:] == RELATIVES + SUBBANDS + BUNDLED
     assert set(train.RECIPES) <= set(mss.MODELS)
 
 @pytest.mark.parametrize("name, layers, maps", [
@@ -4450,6 +4451,49 @@ def test_the_parts_of_a_step_have_examples_of_their_own(songs, tmp_path):
     expected = [segments[i][0] for i in range(4, 12)]                 # of steps 2 and 3
     assert torch.equal(torch.cat(parts), torch.stack(expected))
     assert len(parts) == 4
+
+@pytest.mark.parametrize("source", ["vocals", "vocals,accompaniment", "vocals,bass"])
+def test_an_echo_mixes_the_sources_of_a_batch_anew(songs, tmp_path, source):
+    args = train.parse(quick(songs, tmp_path, source=source, steps=6, batch_size=4, echo=3))
+    config = mss.Config(targets=args.source)
+    segments = mss.Segments(mss.musdb_tracks(songs, "train"), config, args.segment)
+
+    batches = list(train.remixed(train.loader(segments, args, 0), args, 0))
+
+    assert len(batches) == 6
+    for part in (0, 3):                                               # as they are read
+        mixture, targets = zip(*(segments[i] for i in range(part // 3 * 4, part // 3 * 4 + 4)))
+        assert torch.equal(batches[part][0], torch.stack(mixture))
+        assert torch.equal(batches[part][1], torch.stack(targets))
+    for part in (1, 2, 4, 5):
+        mixture, targets = batches[part]
+        read_mixture, read_targets = batches[part - part % 3]
+        assert not torch.allclose(mixture, read_mixture)
+        for ours, theirs in zip(targets.unbind(1), read_targets.unbind(1)):
+            assert_same_rows(ours, theirs)
+        rest, read_rest = mixture - targets.sum(1), read_mixture - read_targets.sum(1)
+        if source == "vocals,accompaniment":
+            assert rest.abs().max() < 1e-5
+        else:
+            assert_same_rows(rest, read_rest)
+
+def assert_same_rows(ours, theirs):
+    """Each row of one (B, ...) is a row of the other, up to rounding, and none is there twice."""
+    distances = torch.cdist(ours.flatten(1), theirs.flatten(1))
+    assert (distances < 1e-3).sum(0).tolist() == [1] * len(ours)
+    assert (distances < 1e-3).sum(1).tolist() == [1] * len(ours)
+
+def test_a_resumed_run_goes_on_within_an_echo(songs, tmp_path):
+    args = train.parse(quick(songs, tmp_path, steps=5, batch_size=4, echo=3))
+    segments = mss.Segments(mss.musdb_tracks(songs, "train"), mss.Config(), args.segment)
+    whole = list(train.remixed(train.loader(segments, args, 0), args, 0))
+
+    rest = list(train.remixed(train.loader(segments, args, 2), args, 2))
+
+    assert len(rest) == len(whole) - 2
+    for (mixture, targets), (expected, expected_targets) in zip(rest, whole[2:]):
+        assert torch.equal(mixture, expected)
+        assert torch.equal(targets, expected_targets)
 
 def test_workers_may_die_at_two_places(songs, tmp_path, watchful):
     args = train.parse(quick(songs, tmp_path, workers=1, steps=8))
