@@ -68,17 +68,20 @@ class Config:
 
 # ---- Spectrograms: (..., L) <-> (..., T, F) complex ---------------------------------------------
 
+# Each is made once, and not in inference mode: whoever separates may train afterwards.
+hann_window = functools.lru_cache(torch.inference_mode(False)(torch.hann_window))
+
 def stft(audio, window=2048, hop=441, padding="reflect"):
     """(..., L) float -> (..., T, F) complex: centred frames, periodic Hann, T = L // hop + 1."""
     missing = max(0, window // 2 + 1 - audio.shape[-1])               # to reflect the ends
     x = F.pad(audio, (0, missing)).flatten(0, -2)                     # (N, L)
-    hann = torch.hann_window(window, dtype=x.dtype, device=x.device)
+    hann = hann_window(window, dtype=x.dtype, device=x.device)
     X = torch.stft(x, window, hop, window=hann, pad_mode=padding, return_complex=True)
     return X.transpose(1, 2).unflatten(0, audio.shape[:-1])           # (N, F, T) -> (..., T, F)
 
 def istft(X, length, window=2048, hop=441):
     """(..., T, F) complex -> (..., length) float: the inverse of stft."""
-    hann = torch.hann_window(window, dtype=X.real.dtype, device=X.device)
+    hann = hann_window(window, dtype=X.real.dtype, device=X.device)
     padded = max(length, window // 2 + 1)                             # as in stft
     x = torch.istft(X.flatten(0, -3).transpose(1, 2), window, hop, window=hann, length=padded)
     return x[:, :length].unflatten(0, X.shape[:-2])                   # (N, L) -> (..., L)
@@ -293,13 +296,13 @@ class Separator(Model):
         # The backbone, on as many frames as its pooling divides.
         frames = x.shape[2]
         x = F.pad(x, (0, 0, 0, -frames % self.backbone.frame_multiple))
-        features = self.backbone(x)[:, :, :frames].to(X.real.dtype)   # (B, D, T, F - 1)
+        features = self.backbone(x).to(X.real.dtype)                  # (B, D, T', F - 1)
 
         # Heads, the rule, synthesis: in float32, under autocast too.
         with torch.autocast(mixture.device.type, enabled=False):
             heads = {}
             for name, head in self.heads.items():
-                maps = head(features)                                 # (B, S C, T, F - 1)
+                maps = head(features)[:, :, :frames]                  # (B, S C, T, F - 1)
                 heads[name] = maps.unflatten(1, (-1, c.channels))     # (B, S, C, T, F - 1)
             Y = self.rule(X[:, None, ..., :-1], **heads)              # X: (B, 1, C, T, F - 1)
             Y = F.pad(Y, (0, 1))                                      # (B, S, C, T, F)
