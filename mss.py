@@ -565,9 +565,23 @@ class Lookahead:
     def drop(self, n):
         self.ahead = self.ahead[..., n:]
 
+def device_of(model):
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+def windows_at_once(device):
+    """How many fill a device: one a CPU; a GPU 8, or fewer where less than 3 GiB are free for each.
+
+    The paper's network needs about that much. Others need less, and it isn't known how much.
+    """
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(max(free // (3 << 30), 1), 8)
+
 def separate_windows(model, windows, bf16):
     """(B, C, n) on the CPU -> (B, S, C, n) on the CPU; None if the device runs out of memory."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
 
     try:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -606,11 +620,12 @@ def smaller(segment, overlap, count, fade):
                         "--overlap, --bf16 or --device cpu")
     return 1, overlap + shorter
 
-def separate_blocks(model, blocks, segment=None, overlap=None, batch_size=1, bf16=False):
+def separate_blocks(model, blocks, segment=None, overlap=None, batch_size=None, bf16=False):
     """Separate a stream of (C, n) blocks -> a stream of (S, C, n') blocks, as long in all.
 
     The model sees windows of `segment` samples, `batch_size` at once, of which two neighbours
-    share `overlap` samples; None: as many as the model's `blocks` says.
+    share `overlap` samples; None: as many as the model's `blocks` says, and as many windows as
+    fill the device.
 
         a window      ...==========~~~~~~~~~~-----
         the next one          -----~~~~~~~~~~==========...
@@ -623,6 +638,7 @@ def separate_blocks(model, blocks, segment=None, overlap=None, batch_size=1, bf1
     segment = model.blocks[0] if segment is None else segment
     overlap = model.blocks[1] if overlap is None else overlap
     segment, overlap = whole(segment, "segment", 1), whole(overlap, "overlap")
+    batch_size = windows_at_once(device_of(model)) if batch_size is None else batch_size
     batch_size = whole(batch_size, "batch_size", 1)
     fade = overlap // 2
     context = (overlap - fade) // 2
@@ -668,7 +684,7 @@ def separate_blocks(model, blocks, segment=None, overlap=None, batch_size=1, bf1
             tail = y[..., end:end + fade]
         mixture.drop(len(windows) * hop)
 
-def separate_track(model, mixture, segment=None, overlap=None, batch_size=1, bf16=False):
+def separate_track(model, mixture, segment=None, overlap=None, batch_size=None, bf16=False):
     """(C, L) at the model's rate -> (S, C, L), for any L from 0 on; see separate_blocks.
 
     The mixture is a tensor or an array, of floats, int16 or int32. Mono is doubled for a stereo
