@@ -68,17 +68,20 @@ class Config:
 
 # ---- Spectrograms: (..., L) <-> (..., T, F) complex ---------------------------------------------
 
+# Each is made once, and not in inference mode: whoever separates may train afterwards.
+hann_window = functools.lru_cache(torch.inference_mode(False)(torch.hann_window))
+
 def stft(audio, window=2048, hop=441, padding="reflect"):
     """(..., L) float -> (..., T, F) complex: centred frames, periodic Hann, T = L // hop + 1."""
     missing = max(0, window // 2 + 1 - audio.shape[-1])               # to reflect the ends
     x = F.pad(audio, (0, missing)).flatten(0, -2)                     # (N, L)
-    hann = torch.hann_window(window, dtype=x.dtype, device=x.device)
+    hann = hann_window(window, dtype=x.dtype, device=x.device)
     X = torch.stft(x, window, hop, window=hann, pad_mode=padding, return_complex=True)
     return X.transpose(1, 2).unflatten(0, audio.shape[:-1])           # (N, F, T) -> (..., T, F)
 
 def istft(X, length, window=2048, hop=441):
     """(..., T, F) complex -> (..., length) float: the inverse of stft."""
-    hann = torch.hann_window(window, dtype=X.real.dtype, device=X.device)
+    hann = hann_window(window, dtype=X.real.dtype, device=X.device)
     padded = max(length, window // 2 + 1)                             # as in stft
     x = torch.istft(X.flatten(0, -3).transpose(1, 2), window, hop, window=hann, length=padded)
     return x[:, :length].unflatten(0, X.shape[:-2])                   # (N, L) -> (..., L)
@@ -293,13 +296,13 @@ class Separator(Model):
         # The backbone, on as many frames as its pooling divides.
         frames = x.shape[2]
         x = F.pad(x, (0, 0, 0, -frames % self.backbone.frame_multiple))
-        features = self.backbone(x)[:, :, :frames].to(X.real.dtype)   # (B, D, T, F - 1)
+        features = self.backbone(x).to(X.real.dtype)                  # (B, D, T', F - 1)
 
         # Heads, the rule, synthesis: in float32, under autocast too.
         with torch.autocast(mixture.device.type, enabled=False):
             heads = {}
             for name, head in self.heads.items():
-                maps = head(features)                                 # (B, S C, T, F - 1)
+                maps = head(features)[:, :, :frames]                  # (B, S C, T, F - 1)
                 heads[name] = maps.unflatten(1, (-1, c.channels))     # (B, S, C, T, F - 1)
             Y = self.rule(X[:, None, ..., :-1], **heads)              # X: (B, 1, C, T, F - 1)
             Y = F.pad(Y, (0, 1))                                      # (B, S, C, T, F)
@@ -593,9 +596,23 @@ class Lookahead:
     def drop(self, n):
         self.ahead = self.ahead[..., n:]
 
+def device_of(model):
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+def windows_at_once(device):
+    """How many fill a device: one a CPU; a GPU 8, or fewer where less than 3 GiB are free for each.
+
+    The paper's network needs about that much. Others need less, and it isn't known how much.
+    """
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(max(free // (3 << 30), 1), 8)
+
 def separate_windows(model, windows, bf16):
     """(B, C, n) on the CPU -> (B, S, C, n) on the CPU; None if the device runs out of memory."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
 
     try:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -634,11 +651,12 @@ def smaller(segment, overlap, count, fade):
                         "--overlap, --bf16 or --device cpu")
     return 1, overlap + shorter
 
-def separate_blocks(model, blocks, segment=None, overlap=None, batch_size=1, bf16=False):
+def separate_blocks(model, blocks, segment=None, overlap=None, batch_size=None, bf16=False):
     """Separate a stream of (C, n) blocks -> a stream of (S, C, n') blocks, as long in all.
 
     The model sees windows of `segment` samples, `batch_size` at once, of which two neighbours
-    share `overlap` samples; None: as many as the model's `blocks` says.
+    share `overlap` samples; None: as many as the model's `blocks` says, and as many windows as
+    fill the device.
 
         a window      ...==========~~~~~~~~~~-----
         the next one          -----~~~~~~~~~~==========...
@@ -651,6 +669,7 @@ def separate_blocks(model, blocks, segment=None, overlap=None, batch_size=1, bf1
     segment = model.blocks[0] if segment is None else segment
     overlap = model.blocks[1] if overlap is None else overlap
     segment, overlap = whole(segment, "segment", 1), whole(overlap, "overlap")
+    batch_size = windows_at_once(device_of(model)) if batch_size is None else batch_size
     batch_size = whole(batch_size, "batch_size", 1)
     fade = overlap // 2
     context = (overlap - fade) // 2
@@ -696,7 +715,7 @@ def separate_blocks(model, blocks, segment=None, overlap=None, batch_size=1, bf1
             tail = y[..., end:end + fade]
         mixture.drop(len(windows) * hop)
 
-def separate_track(model, mixture, segment=None, overlap=None, batch_size=1, bf16=False):
+def separate_track(model, mixture, segment=None, overlap=None, batch_size=None, bf16=False):
     """(C, L) at the model's rate -> (S, C, L), for any L from 0 on; see separate_blocks.
 
     The mixture is a tensor or an array, of floats, int16 or int32. Mono is doubled for a stereo

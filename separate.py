@@ -30,7 +30,7 @@ class Options:
     duration: float = math.inf                  # s
     segment: int | None = None                  # samples that the network sees at a time
     overlap: int | None = None                  # samples that two of these share; None: the model's
-    batch_size: int = 1                         # segments at once
+    batch_size: int | None = None               # segments at once; None: as many as fill the device
     bf16: bool = False
 
     def stems(self, model):
@@ -320,8 +320,8 @@ def build_parser():
         help="seconds at a time (default: the model's, mostly 6.39)")
     add("--overlap", type=float, metavar="S",
         help="seconds that two share (default: the model's, mostly 0.63)")
-    add("--batch-size", type=int, default=1, metavar="N",
-        help="segments at once (default: %(default)s)")
+    add("--batch-size", type=int, metavar="N",
+        help="segments at once (default: 1 on a CPU, up to 8 on a GPU)")
     return parser
 
 def check(parser, args):
@@ -335,7 +335,7 @@ def check(parser, args):
         parser.error("a --segment of over 1.5 times --overlap expected")
     if not 0 <= args.start < math.inf or not args.duration > 0:
         parser.error("--start from 0, --duration above 0 expected")
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         parser.error("--batch-size from 1 expected")
 
 def samples(seconds):

@@ -3588,7 +3588,7 @@ def plain_losses(songs, steps):
     segments = mss.Segments(mss.musdb_tracks(songs, "train"), config, 0.1)
     torch.manual_seed(0)
     model = mss.MODELS["UNetDecouple+"](config).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), amsgrad=True)
+    optimizer = torch.optim.Adam(model.parameters(), amsgrad=True, fused=True)
 
     losses = []
     for step in range(steps):
@@ -3633,7 +3633,7 @@ def test_an_average_soon_forgets_the_first_weights(step, share):
     nn.init.zeros_(average.weight)
     model.running_mean.fill_(1.0)
 
-    train.update_average(average, model, step, 0.9)
+    train.update_average(train.floats(average), train.floats(model), step, 0.9)
 
     assert average.weight.item() == pytest.approx(share)
     assert average.running_mean.item() == pytest.approx(share)
@@ -3675,7 +3675,7 @@ def gradient_of_a_step(batches, *words):
     loss, norm, _ = train.train_step(network, optimizer, iter(batches), args)
 
     gradient = torch.cat([value.grad.flatten() for value in network.parameters()])
-    return loss, norm, gradient
+    return loss.item(), norm.item(), gradient
 
 def test_a_step_in_two_parts_is_one_of_both():
     mixture = noise(2, 2, 3000, seed=1).double()
@@ -3715,7 +3715,8 @@ def step_once(learner, mixture=noise(1, 2, 3000, seed=1)):
 
     after = [value for value in values if value.is_floating_point()]
     same = [torch.equal(a, b) for a, b in zip(before, after)]
-    return loss, norm, bool(optimizer.state) or not all(same)
+    moved = any(value.any() for state in optimizer.state.values() for value in state.values())
+    return loss, norm, moved or not all(same)
 
 def test_a_step_learns(learner):
     loss, norm, learned = step_once(learner)
@@ -3778,10 +3779,14 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(songs, tmp_path, monk
     for value in [*last["model"].values(), *last["raw"].values()]:
         assert torch.isfinite(value).all()
 
+def figures(loss, norm=1.0, flags=(0, 0, 0)):
+    """What train_step gives."""
+    return torch.tensor(loss), torch.tensor(norm), torch.tensor(flags, dtype=torch.float)
+
 def test_only_20_steps_in_a_row_end_a_run(songs, tmp_path, monkeypatch):
     """Not 19, a good one, and 19 more."""
     results = iter(19 * [math.nan] + [1.0] + 19 * [math.nan])
-    monkeypatch.setattr(train, "train_step", lambda *words: (next(results), 1.0, [0, 0, 0]))
+    monkeypatch.setattr(train, "train_step", lambda *words: figures(next(results)))
 
     train_well(*quick(songs, tmp_path, steps=39, save_every=99, validate_every=99))
 
@@ -3839,7 +3844,7 @@ def steady(monkeypatch):
 
     def step(network, optimizer, batches, args, flags):
         seconds[0] += 1
-        return seconds[0], 0.5, list(map(float, flags))
+        return figures(seconds[0], 0.5, flags)
 
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
@@ -4155,7 +4160,7 @@ def test_the_log_of_a_run_whose_checkpoint_is_gone_is_kept(songs, eight):
 
 def test_a_row_of_the_log_is_of_the_steps_that_were_finite(songs, tmp_path, monkeypatch):
     results = iter([(1.0, 2.0), (math.nan, 3.0), (3.0, math.inf), (5.0, 7.0)])
-    monkeypatch.setattr(train, "train_step", lambda *words: (*next(results), [0, 0, 0]))
+    monkeypatch.setattr(train, "train_step", lambda *words: figures(*next(results)))
 
     train_well(*quick(songs, tmp_path, steps=4, save_every=99, validate_every=99))
 
@@ -4545,7 +4550,8 @@ def three_steps(name, *words):
     optimizer = train.optimizer_of(model, args)
     figures = []
     for _ in range(3):
-        figures.append(train.train_step(network, optimizer, batches, args))
+        loss, norm, _ = train.train_step(network, optimizer, batches, args)
+        figures.append((loss.item(), norm.item()))
     return figures, model.state_dict(), len(calls)
 
 @pytest.mark.parametrize("name", ("UNet", "ResUNetDecouple+", "Wave-U-Net", "DPRNN", "PM-Unet"))

@@ -6,6 +6,7 @@
 
 OUT holds last.pt (to resume from), best.pt (highest validation SDR), log.csv and curve.svg.
 """
+import collections
 import contextlib
 import copy
 import csv
@@ -118,12 +119,13 @@ OPTIMIZERS = {
 def optimizer_of(model, args):
     options = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer != "radam":
-        options["fused"] = next(model.parameters()).is_cuda
+        options["fused"] = next(model.parameters()).device.type in ("cpu", "cuda")
     return OPTIMIZERS[args.optimizer](model.parameters(), **options)
 
 # ---- The loop -----------------------------------------------------------------------------------
 
 MAX_FAILURES = 20       # steps in a row that aren't finite: the run ends
+AHEAD = {"cuda": 1}     # steps that are begun before an older one is read; 0 on other devices
 
 @dataclasses.dataclass
 class Run:
@@ -139,12 +141,15 @@ class Run:
 def train_step(network, optimizer, batches, args, flags=()):
     """Learn from the next batch -> (loss, the gradient's norm before clipping, flags).
 
+    They are tensors on the network's device: (), (), and one of all flags. Whoever reads them waits
+    for the device, which has idled by the time that it gets more work; the step doesn't.
+
     Loss and norm are means over all processes, each flag is the sum of theirs. If loss or norm
     isn't finite no process learns: weights and batch norm's statistics stay.
     """
     device = next(network.parameters()).device
     statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-    before = [buffer.clone() for buffer in statistics]
+    before = joined(statistics) if statistics else None
 
     optimizer.zero_grad()
     loss = 0.0
@@ -162,23 +167,42 @@ def train_step(network, optimizer, batches, args, flags=()):
     norm = nn.utils.clip_grad_norm_(network.parameters(), args.clip or math.inf)
 
     loss, norm, flags = agree(loss, norm, flags)
-    if math.isfinite(loss) and math.isfinite(norm):
+    failed = ~are_finite(loss, norm)
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = failed.float()                          # if 1, then step does nothing
         optimizer.step()
-    else:
-        for buffer, value in zip(statistics, before):
-            buffer.copy_(value)
+    elif not failed:                                                  # waits for the device
+        optimizer.step()
+    if statistics:
+        split_into(statistics, torch.where(failed, before, joined(statistics)))
     return loss, norm, flags
 
-def update_average(average, model, step, decay):
-    """average <- decay * average + (1 - decay) * model, batch norm's statistics included.
+def are_finite(loss, norm):
+    return torch.isfinite(loss) & torch.isfinite(norm)
 
-    In the first steps the decay is lower, so that the initial weights are soon forgotten.
+def joined(tensors):
+    """All of them as one of one axis: many small ones cost more time than large ones."""
+    return torch.cat([x.flatten() for x in tensors])
+
+def split_into(tensors, values):
+    """Copy back what `joined` gave."""
+    parts = values.split([x.numel() for x in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors)])
+
+def floats(model):
+    """All tensors that a step changes: the weights, and batch norm's statistics."""
+    return [x for x in model.state_dict().values() if x.is_floating_point()]
+
+def update_average(average, tensors, step, decay, learned=1.0):
+    """average <- decay * average + (1 - decay) * tensors, both as `floats` gives them.
+
+    In the first steps the decay is lower, so that the initial weights are soon forgotten. The
+    average stays where `learned` is 0, which may be a tensor.
     """
-    if average is not model:
-        decay = min(decay, (1 + step) / (10 + step))
-        ours = [x for x in average.state_dict().values() if x.is_floating_point()]
-        theirs = [x for x in model.state_dict().values() if x.is_floating_point()]
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+    decay = min(decay, (1 + step) / (10 + step))
+    change = torch._foreach_sub(tensors, average)
+    torch._foreach_mul_(change, (1 - decay) * learned)
+    torch._foreach_add_(average, change)
 
 def seed_of(args, step):
     """For what is random in the network: it follows from the step, too, but differs by process."""
@@ -203,11 +227,11 @@ def train(args, run, model, average, optimizer, segments, held_out):
     caught = catch_signals()
     clock = time.perf_counter
     start = saved = clock()
-    first_step, first_unreadable = run.step, run.unreadable
-    failures = 0                                                      # in a row
-    signals = late = 0                                                # what all agreed on last
+    first_step = run.step
+    steps = Steps(run, log, batches)
+    averaged, learned = floats(average), floats(model)
     while True:
-        stop = why_to_stop(run, args, signals, late)
+        stop = why_to_stop(run, args, steps.signals, steps.late)
 
         # What is due: also a validation that was interrupted before the run was resumed.
         validation_due = stop == "done" or (not stop and run.step % args.validate_every == 0)
@@ -215,6 +239,8 @@ def train(args, run, model, average, optimizer, segments, held_out):
         save_due = run.step % args.save_every[0] == 0 or clock() - saved > args.save_every[1]
 
         # Save; validate, and save that this is done.
+        if stop or validation_due or save_due:
+            steps.read()
         paused = clock()
         if run.step > first_step and (stop or validation_due or save_due):
             save_last(args, run, model, average, optimizer, fatal=bool(stop))
@@ -237,22 +263,58 @@ def train(args, run, model, average, optimizer, segments, held_out):
             group["lr"] = rate
         torch.manual_seed(seed_of(args, run.step))
         flags = len(caught), clock() - start > 3600 * args.hours, segments.unreadable.sum()
-        loss, norm, (signals, late, unreadable) = train_step(
-            network, optimizer, batches, args, flags)
+        loss, norm, flags = train_step(network, optimizer, batches, args, flags)
 
         # Average the weights, count, log.
-        if math.isfinite(loss) and math.isfinite(norm):
-            update_average(average, model, run.step, args.ema)
-            failures = 0
-        else:
-            run.skipped += 1
-            failures += 1
-        if failures == MAX_FAILURES:
-            raise mss.UserError(f"{MAX_FAILURES} steps in a row without a finite loss and "
-                                f"gradient, to step {run.step}: loss {loss:.3g}, gradient norm "
-                                f"{norm:.3g}; last.pt is older; try a lower --lr elsewhere")
-        run.unreadable = first_unreadable + int(unreadable)
-        log.step(run, rate, loss, norm, batches.seconds)
+        if args.ema:
+            update_average(averaged, learned, run.step, args.ema, are_finite(loss, norm))
+        steps.add(rate, loss, norm, flags)
+        steps.read(AHEAD.get(loss.device.type, 0))
+
+class Steps:
+    """Those that were begun: counted and logged when they are read, which may be later."""
+
+    def __init__(self, run, log, batches):
+        self.run, self.log, self.batches = run, log, batches
+        self.unread = collections.deque()
+        self.first_unreadable = run.unreadable
+        self.failures = 0                                             # in a row
+        self.signals = self.late = 0                                  # what all agreed on last
+
+    def add(self, rate, loss, norm, flags):
+        figures = OnItsWay(torch.cat([torch.stack([loss, norm]), flags]))
+        self.unread.append((self.run.step, rate, figures))
+
+    def read(self, left=0):
+        """Read all but the last few; UserError where too many weren't finite."""
+        while len(self.unread) > left:
+            step, rate, figures = self.unread.popleft()
+            loss, norm, self.signals, self.late, unreadable = figures.numbers()
+
+            failed = not (math.isfinite(loss) and math.isfinite(norm))
+            self.run.skipped += failed
+            self.failures = self.failures + 1 if failed else 0
+            if self.failures == MAX_FAILURES:
+                raise mss.UserError(
+                    f"{MAX_FAILURES} steps in a row without a finite loss and gradient, to step "
+                    f"{step}: loss {loss:.3g}, gradient norm {norm:.3g}; last.pt is older; try a "
+                    "lower --lr elsewhere")
+            self.run.unreadable = self.first_unreadable + int(unreadable)
+            self.log.step(self.run, step, rate, loss, norm, self.batches.seconds)
+
+class OnItsWay:
+    """A tensor's numbers. A GPU goes on meanwhile; to ask for them at once would make it wait."""
+
+    def __init__(self, tensor):
+        self.copy = tensor.to("cpu", non_blocking=tensor.is_cuda)
+        self.arrival = torch.cuda.Event() if tensor.is_cuda else None
+        if self.arrival:
+            self.arrival.record()
+
+    def numbers(self):
+        if self.arrival:
+            self.arrival.synchronize()
+        return self.copy.tolist()
 
 def finish(args, run, log, stop, caught):
     """Write the log and say why the run ends -> exit code."""
@@ -494,12 +556,12 @@ class Log:
     def pause(self, seconds):
         self.began += seconds
 
-    def step(self, run, rate, loss, norm, waited):
+    def step(self, run, step, rate, loss, norm, waited):
         """Take a step's figures; from time to time print their means, and make them a row."""
         self.losses.append(loss)
         self.norms.append(norm)
         now = time.perf_counter()
-        due = run.step % self.args.log_every == 0 or run.step == self.args.steps
+        due = step % self.args.log_every == 0 or step == self.args.steps
         if not due and now - self.shown <= 30:
             return
 
@@ -508,9 +570,9 @@ class Log:
         norm = evaluate.finite(np.mean, self.norms)
         seconds = (now - self.began) / len(self.losses)
         wait = (waited - self.waited) / (now - self.began)
-        left = (self.args.steps - run.step) * seconds / 60
+        left = (self.args.steps - step) * seconds / 60
         skipped = f", {run.skipped} steps skipped" if run.skipped else ""
-        print(f"step {run.step}/{self.args.steps}, loss {loss:.5f}, {1000 * seconds:.0f} ms/step, "
+        print(f"step {step}/{self.args.steps}, loss {loss:.5f}, {1000 * seconds:.0f} ms/step, "
               f"data wait {wait:.0%}, {left:.0f} min left{skipped}   ",
               end="\r" if mss.on_terminal(sys.stdout) else "\n", flush=True)
         self.shown = now
@@ -518,7 +580,7 @@ class Log:
             return
 
         self.rows.append({
-            "step": run.step, "loss": f"{loss:.8g}", "lr": rate, "grad_norm": f"{norm:.4g}",
+            "step": step, "loss": f"{loss:.8g}", "lr": rate, "grad_norm": f"{norm:.4g}",
             "ms_per_step": f"{1000 * seconds:.1f}", "data_wait": f"{wait:.4f}",
             "skipped": run.skipped, "unreadable": run.unreadable})
         if now > self.write_next:                                     # 2 % of the time at most
@@ -968,14 +1030,13 @@ def gather(thing):
     return everyone
 
 def agree(loss, norm, flags):
-    """(loss, norm, [flag, ...]) as numbers: means, and sums of the flags, over all processes."""
+    """(loss, norm, flags) as tensors: means, and sums of the flags, over all processes."""
     means = torch.stack([loss, norm]) / WORLD
-    sums = loss.new_tensor([float(flag) for flag in flags])
+    sums = torch.tensor([float(flag) for flag in flags]).to(loss.device, non_blocking=True)
     numbers = torch.cat([means, sums])
     if WORLD > 1:
         dist.all_reduce(numbers)
-    loss, norm, *flags = numbers.tolist()
-    return loss, norm, flags
+    return numbers[0], numbers[1], numbers[2:]
 
 def synchronise_batch_norms(model):
     """Let each batch norm see the batches of all processes."""
