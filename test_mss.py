@@ -1,8 +1,9 @@
-"""Fast tests: no downloads, no GPU. python -m pytest -q test_mss.py
+"""Fast tests: no downloads, a GPU only if there is one. python -m pytest -q test_mss.py
 
 In the order of the product: the paper, using a model, songs, files, training, separating,
 evaluating, and what the project promises its readers. Real data and the published network's
-fixture are used where the environment variable MSS_TEST_DATA names their folder.
+fixture are used where the environment variable MSS_TEST_DATA names their folder. -k cuda selects
+what needs a GPU; all else runs on the CPU, wherever it is.
 """
 import os
 
@@ -18,6 +19,9 @@ os.environ.update(COLUMNS="80", NO_COLOR="1")
 # One thread: the networks are tiny, and on a busy machine threads mostly wait for each other.
 # Before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What makes cuBLAS give the same bits again and again; before it is first used.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 # Nothing is downloaded, nor is anything in the cache: the default weights are the bundled ones.
 os.environ["https_proxy"] = "http://127.0.0.1:9"                      # where nobody listens
@@ -116,6 +120,30 @@ def read_csv(path):
 def stems(folder, *names):
     names = names or ("vocals.wav", "accompaniment.wav")
     return [mss.read_audio(folder / name)[0] for name in names]
+
+@pytest.fixture(scope="session", autouse=True)
+def the_cpu_unless_told():
+    """What names no device runs on the CPU, where there is a GPU, too."""
+    picked = mss.pick_device
+    mss.pick_device = lambda name: picked("cpu" if name == "auto" else name)
+    yield
+    mss.pick_device = picked
+
+def present(device):
+    """The name of a device, or skip."""
+    if device != "cpu" and not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU that it can use by CUDA")
+    return device
+
+@pytest.fixture(params=("cpu", "cuda"))
+def device(request, monkeypatch):
+    """The name of each device; what a test lets cuDNN do ends with the test."""
+    cudnn = torch.backends.cudnn
+    for name in ("benchmark", "allow_tf32", "deterministic"):
+        monkeypatch.setattr(cudnn, name, getattr(cudnn, name))
+    if present(request.param) != "cpu":
+        monkeypatch.setattr(cudnn, "benchmark_limit", 1)              # tries of each: for speed
+    return request.param
 
 @pytest.fixture(scope="session")
 def songs(tmp_path_factory):
@@ -374,26 +402,31 @@ def published(tmp_path_factory):
     yield path
     path.unlink()                                                     # 461 MB
 
-def assert_like_the_published_network(model):
+def theirs_and_ours(model, device="cpu", bf16=False):
+    """(what the published code gave, what the model gives)"""
     fixture = np.load(data("published_resunet143") / "fixture.npz")
+    x = torch.from_numpy(fixture["x"]).to(device)
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        y = model(x)[:, 0]
+    return fixture["y"], y.cpu().numpy()
 
-    with torch.inference_mode():
-        y = model(torch.from_numpy(fixture["x"]))[:, 0].numpy()
+def test_the_published_networks_output_comes_back(device, published, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    config, model, state = mss.load_checkpoint(published, device)
 
-    assert np.abs(fixture["y"]).max() > 0.1
-    assert np.abs(y - fixture["y"]).max() < 2e-6
-
-def test_the_published_networks_output_comes_back(published):
-    config, model, state = mss.load_checkpoint(published)
+    theirs, ours = theirs_and_ours(model, device)
 
     assert config.targets == ("accompaniment",)
     assert state["step"] == 350_000
-    assert_like_the_published_network(model)
+    assert np.abs(theirs).max() > 0.1
+    assert np.abs(theirs - ours).max() < {"cpu": 2e-6, "cuda": 1e-5}[device]
 
 def test_the_published_networks_output_comes_back_when_folded(published):
     _, model, _ = mss.load_checkpoint(published)
 
-    assert_like_the_published_network(mss.fold_batch_norms(model))
+    theirs, ours = theirs_and_ours(mss.fold_batch_norms(model))
+
+    assert np.abs(theirs - ours).max() < 2e-6
 
 @pytest.mark.parametrize("name", TABLE_3)
 def test_batch_norms_are_the_published_codes(name):
@@ -930,7 +963,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
     OUT_OF_MEMORY,
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
                  "9 bytes."),
-], ids=["CUDA", "CPU"])
+], ids=["a GPU's", "a CPU's"])
 @pytest.mark.parametrize("length", [20_000, 3000])                    # samples: one window, or more
 def test_out_of_memory_is_survived(error, length):
     x = noise(2, length)
@@ -3334,7 +3367,8 @@ def test_a_home_that_the_shell_left_is_found(words, monkeypatch):
 
     assert args.device == "/home/me/x"
 
-@pytest.mark.parametrize("name", ["hpu", "meta", "privateuseone", "cuda:999", "nonsense", " "])
+@pytest.mark.parametrize("name", [
+    "hpu", "meta", "privateuseone", pytest.param("cuda:999", id="absent GPU"), "nonsense", " "])
 def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(mss.UserError, match="no such device here"):
         mss.pick_device(name)
@@ -3382,7 +3416,7 @@ def train_well(*words):
     return stdout
 
 def content(path):
-    return torch.load(path, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 def weights(path):
     return content(path)["model"]
@@ -4523,15 +4557,16 @@ def test_a_run_in_bf16_with_blocks_computed_again(songs, tmp_path):
 
 PARALLEL = ("ResUNetDecouple+", "Wave-U-Net", "PM-Unet")
 
-def learn_twice(songs, path, name, dtype, *words):
+def learn_twice(songs, path, device, name, dtype, *words):
     """Two steps of all processes: losses, and the last gradient and statistics -> a file."""
-    args = train.parse([*quick(songs, "-", batch_size=4, accumulate=2, model=name), *words])
+    words = [*quick(songs, "-", batch_size=4, accumulate=2, model=name, device=device), *words]
+    args = train.parse(words)
     config = train.config_of(args)
     segments = mss.Segments(mss.musdb_tracks(songs, "train"), config, args.segment)
     batches = ((mixture.to(dtype), targets.to(dtype))
                for mixture, targets in train.loader(segments, args, 0))
     torch.manual_seed(0)
-    model = mss.MODELS[name](config).to(dtype).train()
+    model = mss.MODELS[name](config).to(device, dtype).train()
     network = train.network_of(model, args)
     optimizer = train.optimizer_of(model, args)
 
@@ -4545,18 +4580,19 @@ def learn_twice(songs, path, name, dtype, *words):
     if train.RANK == 0:
         torch.save(found, path)
 
-def learn_in_all_ways(songs, folder):
+def learn_in_all_ways(songs, folder, device):
     """What each of torchrun's processes does in the fixture below, and one in the tests."""
     if train.WORLD > 1:
-        train.dist.init_process_group()
+        train.dist.init_process_group("gloo")                         # NCCL: no two on a GPU
     for name in PARALLEL:
-        learn_twice(songs, Path(folder, name), name, torch.float64)
-    learn_twice(songs, Path(folder, "bf16"), "UNetDecouple+", torch.float32,
+        learn_twice(songs, Path(folder, name), device, name, torch.float64)
+    learn_twice(songs, Path(folder, "bf16"), device, "UNetDecouple+", torch.float32,
                 "--bf16", "--checkpoint-blocks")
 
-@pytest.fixture(scope="session")
-def learned(songs, tmp_path_factory):
-    """A function: a name above -> what one process learned, and what two did."""
+@pytest.fixture(scope="session", params=("cpu", "cuda"))
+def learned(request, songs, tmp_path_factory):
+    """A function: a name above -> what one process learned, and what two did, on one GPU if any."""
+    device = present(request.param)
     folder = tmp_path_factory.mktemp("learned")
     one, two = folder / "one", folder / "two"
     one.mkdir()
@@ -4570,10 +4606,10 @@ def learned(songs, tmp_path_factory):
         f"launched = dict(os.environ)\n"
         f"import {tests.stem}\n"
         f"os.environ.update(launched)\n"
-        f"{tests.stem}.learn_in_all_ways({str(songs)!r}, {str(two)!r})\n",
+        f"{tests.stem}.learn_in_all_ways({str(songs)!r}, {str(two)!r}, {device!r})\n",
         encoding="utf-8")
 
-    learn_in_all_ways(songs, one)
+    learn_in_all_ways(songs, one, device)
     done = torchrun(script)
     assert done.returncode == 0, done.stderr
     return lambda name: (content(one / name), content(two / name))
@@ -6556,6 +6592,228 @@ def test_mask_statistics_against_numpy(piece, monkeypatch):
     assert count == M.size
     assert above == (abs(M) > 1).sum()
     assert abs(np.array(histogram) - expected.ravel()).sum() < 20     # on the edges of the cells
+
+# ---- CUDA ---------------------------------------------------------------------------------------
+
+# Of each test a twin runs on the CPU, so that a wrong test is found where there is no GPU. Two
+# tests above have such twins, too: of the published network's output, and of several processes.
+
+@pytest.fixture
+def repeatable():
+    """The same bits again and again, on a GPU, too."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+# TF32 rounds to 2^-11, bfloat16 to 2^-9, and it also rounds what the layers give. On a CPU bfloat16
+# came to 49 dB; rounding as TF32 does, to 70 dB.
+@pytest.mark.parametrize("device, bf16, decibels", [
+    pytest.param("cpu", True, 40, id="cpu-bf16"),
+    pytest.param("cuda", False, 55, id="cuda-TF32"),
+    pytest.param("cuda", True, 40, id="cuda-bf16"),
+], indirect=["device"])
+def test_a_coarser_precision_changes_little(device, bf16, decibels, published, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    _, model, _ = mss.load_checkpoint(published, device)
+
+    theirs, ours = theirs_and_ours(model, device, bf16)
+
+    assert decibels < mss.sdr(theirs, ours) < 110
+
+@pytest.mark.parametrize("bf16", (False, True), ids=("float32", "bf16"))
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_goes_forward_and_backward(name, bf16, device):
+    config, model = small(name, targets=mss.SOURCES)
+    model.to(device, memory_format=torch.channels_last)
+    x = noise(2, 2, 6000).to(device)
+
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        y = model(x)
+    train.LOSSES["l1+spec"](y, x[:, None] / 4).backward()
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        evaluated = model.eval()(x)
+
+    for estimates in (y, evaluated):
+        assert estimates.shape == (2, 4, 2, 6000)
+        assert (estimates.device.type, estimates.dtype) == (device, torch.float32)
+        assert torch.isfinite(estimates).all()
+    for path, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all(), path
+    assert any(parameter.grad.any() for parameter in model.parameters() if parameter.dim() > 1)
+
+@pytest.mark.parametrize("device", ("cpu", "cuda", "cuda:0"), indirect=True)
+def test_a_song_is_separated_as_on_the_cpu(device, checkpoint, tmp_path):
+    song = tmp_path / "song.wav"
+    mss.write_audio(song, noise(2, 3 * RATE), RATE)
+    sizes = "--segment", 0.3, "--overlap", 0.1
+
+    folder, _ = separate_song(checkpoint, song, *sizes)
+    expected = check_stems(folder, song)
+    folder, stdout = separate_song(
+        checkpoint, song, *sizes, "--device", device, "--batch-size", 8)
+    found = check_stems(folder, song)
+
+    assert f"on {'cuda:0' if device != 'cpu' else 'cpu'}" in stdout
+    assert mss.sdr(expected, found) > 40                              # TF32's rounding
+
+@contextlib.contextmanager
+def little_memory(device, model, windows):
+    """So little memory meanwhile that one of the windows fits, but not all at once."""
+    if device == "cpu":
+        forward = model.forward
+        def limited(x):
+            if len(x) > len(windows) // 2:
+                raise OUT_OF_MEMORY
+            return forward(x)
+        model.forward = limited
+        yield
+        return
+
+    def needed(count):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        mss.separate_windows(model, windows[:count], False)
+        return torch.cuda.max_memory_reserved()
+
+    limit = (needed(1) + needed(len(windows))) / 2
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+def test_memory_that_runs_out_is_survived_by_halving(device, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    _, model = small("UNet")
+    model.eval().to(device)
+    segment = {"cpu": 4096, "cuda": 1 << 20}[device]                  # samples: MB, or GB
+    x = noise(2, 9 * segment)
+    windows = x[:, :8 * segment].unflatten(1, (8, segment)).transpose(0, 1)
+
+    alone = mss.separate_track(model, x, segment, overlap=0)
+    with little_memory(device, model, windows):
+        together = mss.separate_track(model, x, segment, overlap=0, batch_size=8)
+
+    assert re.search(f"going on with [421] x {segment} samples", capsys.readouterr().err)
+    assert mss.sdr(alone, together) > 80                              # float32's rounding: 110
+
+def learn(songs, out, *words, **changes):
+    """Train at a rate at which each step counts, and log each -> the losses."""
+    rates = dict(lr=0.01, warmup=1, log_every=1, validate_every=99, save_every=99)
+    train_well(*quick(songs, out, **{**rates, **changes}), *words)
+    return column(out, "loss")
+
+def test_four_steps_and_four_are_eight(device, repeatable, songs, tmp_path):
+    for steps in (4, 8):
+        learn(songs, tmp_path / "resumed", steps=steps, device=device)
+    learn(songs, tmp_path / "straight", device=device)
+
+    resumed, straight = (content(tmp_path / name / "last.pt") for name in ("resumed", "straight"))
+    assert resumed["step"] == straight["step"] == 8
+    assert equal(resumed["model"], straight["model"])
+
+def test_a_signal_in_the_middle_stops_a_run_that_then_goes_on(
+        device, repeatable, songs, tmp_path, monkeypatch):
+    step = train.train_step
+    steps = []
+
+    def interrupted(*words):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*words)
+
+    words = quick(songs, tmp_path / "stopped", device=device, workers=2)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        code, stdout, _ = call(train.main, *words)
+    signal.signal(signal.SIGTERM, before)
+    train_well(*words)
+    train_well(*quick(songs, tmp_path / "straight", device=device))
+
+    assert code == 143 and "stopped at step 3" in stdout
+    stopped, straight = (weights(tmp_path / name / "last.pt") for name in ("stopped", "straight"))
+    assert equal(stopped, straight)
+
+@pytest.fixture(scope="session")
+def plain_two(songs, tmp_path_factory):
+    """The losses of two steps on the CPU."""
+    return learn(songs, tmp_path_factory.mktemp("runs") / "two", steps=2)
+
+@pytest.mark.parametrize("words", (
+    [], ["--bf16"], ["--checkpoint-blocks"], ["--accumulate", "2"], ["--ema", "0.9"],
+    ["--bf16", "--checkpoint-blocks", "--accumulate", "2", "--ema", "0.9"],
+), ids=" ".join)
+def test_two_steps_are_as_on_the_cpu(words, device, plain_two, songs, tmp_path):
+    losses = learn(songs, tmp_path, *words, steps=2, device=device)
+
+    # Accumulated parts are normalised by themselves.
+    assert losses == pytest.approx(plain_two, rel=0.2 if "--accumulate" in words else 0.02)
+    assert content(tmp_path / "last.pt")["step"] == 2
+    assert math.isfinite(column(tmp_path, "valid_sdr_vocals")[0])
+
+def test_a_run_moves_to_the_cpu_and_back(device, songs, tmp_path):
+    moved = tmp_path / "moved"
+
+    for steps, place in ((2, device), (4, "cpu"), (6, device)):
+        losses = learn(songs, moved, steps=steps, device=place)
+
+    assert losses == pytest.approx(learn(songs, tmp_path / "cpu", steps=6), rel=0.05)
+    states = content(moved / "last.pt")["optimizer"]["state"].values()
+    assert {float(state["step"]) for state in states} == {6}
+
+def test_a_single_process_of_torchruns_learns_as_without(
+        device, plain_two, songs, tmp_path, monkeypatch):
+    """With NCCL on a GPU."""
+    launched = dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(train, "LAUNCHED", True)
+    networks = []
+    network_of = train.network_of
+    monkeypatch.setattr(
+        train, "network_of", lambda *words: networks.append(network_of(*words)) or networks[-1])
+
+    try:
+        losses = learn(songs, tmp_path, steps=2, device=device)
+    finally:
+        if train.dist.is_initialized():
+            train.dist.destroy_process_group()
+
+    norms = batch_norms(networks[0]).values()
+    kind = {"cpu": train.SyncBatchNorm, "cuda": nn.SyncBatchNorm}[device]
+    assert isinstance(networks[0], nn.parallel.DistributedDataParallel)
+    assert {type(norm) for norm in norms} == {kind}
+    assert losses == pytest.approx(plain_two, rel=0.02)
+
+@pytest.mark.parametrize("workers", (1, 2))
+def test_scores_are_as_on_the_cpu(workers, device, evaluated, songs, tmp_path, monkeypatch):
+    """Of two processes on one GPU the other one does the work."""
+    if workers == 2:
+        monkeypatch.setattr(evaluate, "work", lambda *arguments: None)
+
+    code, stdout, err = call(
+        evaluate.main, "-m", evaluated.folder / "small.pt", "--musdb", songs, "-d", device,
+        "--workers", workers, "--results", tmp_path / "kept", "--csv", tmp_path / "scores.csv")
+
+    assert (code, err) == (0, "")
+    assert f"on {device}" in stdout
+    for key, row in scores_in(tmp_path / "scores.csv").items():
+        for metric in ("SDR", "uSDR"):
+            assert float(row[metric]) == pytest.approx(float(evaluated.rows[key][metric]), abs=0.1)
+
+# The last test, for on a GPU compiling takes longest. On the CPU nothing is compiled, only traced.
+def test_two_compiled_steps_are_as_others(device, songs, tmp_path, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+    name = "Wave-U-Net-12"
+    compiled = learn(
+        songs, tmp_path / "compiled", "--compile", model=name, steps=2, device=device)
+
+    plain = learn(songs, tmp_path / "plain", model=name, steps=2, device=device)
+    assert compiled == pytest.approx(plain, rel=0.02)
 
 # ---- docs/benchmark.py --------------------------------------------------------------------------
 
