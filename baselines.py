@@ -20,7 +20,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 def exactly(layer, x, like):
-    """layer(x) in the precision of `like`, under autocast too: for a network's last layer."""
+    """layer(x) in the precision of `like`, under autocast too.
+
+    For a network's last layer, and for LSTMs: autocast would run cuDNN's in float16, whatever it
+    is told, and a float16 next to a bfloat16 is an error.
+    """
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(like.dtype))
 
@@ -175,7 +179,8 @@ class RecurrentBlock(nn.Module):
         self.linear = nn.Linear(2 * hidden, features)
 
     def forward(self, x):
-        return self.linear(self.lstm(x)[0])
+        recurrent, _ = exactly(self.lstm, x, self.lstm.weight_ih_l0)
+        return self.linear(recurrent)
 
 class DPRNN(nn.Module):
     """(B, C, T, F) -> (B, S, C, T, F): the dual-path RNN of Luo, Chen, Yoshioka 2020.
@@ -303,8 +308,8 @@ class RecurrentBottleneck(nn.Module):
         x = x.transpose(2, 3)                                         # (B, D, F, T)
         y = F.gelu(self.norm1(x.flatten(1, 2)))                       # (B, D F, T)
         y = self.reduce(y)                                            # (B, D, T)
-        recurrent, _ = self.lstm(y.transpose(1, 2))                   # (B, T, 2 D)
-        y = y + self.linear(recurrent).transpose(1, 2)
+        recurrent, _ = exactly(self.lstm, y.transpose(1, 2), self.lstm.weight_ih_l0)
+        y = y + self.linear(recurrent).transpose(1, 2)                # of (B, T, 2 D)
         y = self.expand(F.gelu(self.norm2(y)))                        # (B, D F, T)
         return y.view(x.shape).transpose(2, 3)
 
@@ -417,7 +422,7 @@ class OpenUnmixTarget(nn.Module):
         x = (magnitude[..., :self.bins_read] + self.input_mean) * self.input_scale
         x = x.transpose(1, 2).reshape(B * T, -1)                      # (B T, C F')
         x = torch.tanh(self.bn1(self.fc1(x)))                         # (B T, D)
-        recurrent, _ = self.lstm(x.view(B, T, -1))
+        recurrent, _ = exactly(self.lstm, x.view(B, T, -1), magnitude)
         x = torch.cat([x, recurrent.flatten(0, 1)], dim=1)            # (B T, 2 D)
         x = F.relu(self.bn2(self.fc2(x)))
         x = self.bn3(exactly(self.fc3, x, magnitude))                 # (B T, C F)

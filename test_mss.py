@@ -1,8 +1,9 @@
-"""Fast tests: no downloads, no GPU. python -m pytest -q test_mss.py
+"""Fast tests: no downloads, a GPU only if there is one. python -m pytest -q test_mss.py
 
 In the order of the product: the paper, using a model, songs, files, training, separating,
 evaluating, and what the project promises its readers. Real data and the published network's
-fixture are used where the environment variable MSS_TEST_DATA names their folder.
+fixture are used where the environment variable MSS_TEST_DATA names their folder. -k cuda selects
+what needs a GPU; all else runs on the CPU, wherever it is.
 """
 import os
 
@@ -18,6 +19,9 @@ os.environ.update(COLUMNS="80", NO_COLOR="1")
 # One thread: the networks are tiny, and on a busy machine threads mostly wait for each other.
 # Before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What makes cuBLAS give the same bits again and again; before it is first used.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 # Nothing is downloaded, nor is anything in the cache: the default weights are the bundled ones.
 os.environ["https_proxy"] = "http://127.0.0.1:9"                      # where nobody listens
@@ -117,6 +121,30 @@ def read_csv(path):
 def stems(folder, *names):
     names = names or ("vocals.wav", "accompaniment.wav")
     return [mss.read_audio(folder / name)[0] for name in names]
+
+@pytest.fixture(scope="session", autouse=True)
+def the_cpu_unless_told():
+    """What names no device runs on the CPU, where there is a GPU, too."""
+    picked = mss.pick_device
+    mss.pick_device = lambda name: picked("cpu" if name == "auto" else name)
+    yield
+    mss.pick_device = picked
+
+def present(device):
+    """The name of a device, or skip."""
+    if device != "cpu" and not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU that it can use by CUDA")
+    return device
+
+@pytest.fixture(params=("cpu", "cuda"))
+def device(request, monkeypatch):
+    """The name of each device; what a test lets cuDNN do ends with the test."""
+    cudnn = torch.backends.cudnn
+    for name in ("benchmark", "allow_tf32", "deterministic"):
+        monkeypatch.setattr(cudnn, name, getattr(cudnn, name))
+    if present(request.param) != "cpu":
+        monkeypatch.setattr(cudnn, "benchmark_limit", 1)              # tries of each: for speed
+    return request.param
 
 @pytest.fixture(scope="session")
 def songs(tmp_path_factory):
@@ -375,26 +403,31 @@ def published(tmp_path_factory):
     yield path
     path.unlink()                                                     # 461 MB
 
-def assert_like_the_published_network(model):
+def theirs_and_ours(model, device="cpu", bf16=False):
+    """(what the published code gave, what the model gives)"""
     fixture = np.load(data("published_resunet143") / "fixture.npz")
+    x = torch.from_numpy(fixture["x"]).to(device)
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        y = model(x)[:, 0]
+    return fixture["y"], y.cpu().numpy()
 
-    with torch.inference_mode():
-        y = model(torch.from_numpy(fixture["x"]))[:, 0].numpy()
+def test_the_published_networks_output_comes_back(device, published, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    config, model, state = mss.load_checkpoint(published, device)
 
-    assert np.abs(fixture["y"]).max() > 0.1
-    assert np.abs(y - fixture["y"]).max() < 2e-6
-
-def test_the_published_networks_output_comes_back(published):
-    config, model, state = mss.load_checkpoint(published)
+    theirs, ours = theirs_and_ours(model, device)
 
     assert config.targets == ("accompaniment",)
     assert state["step"] == 350_000
-    assert_like_the_published_network(model)
+    assert np.abs(theirs).max() > 0.1
+    assert np.abs(theirs - ours).max() < {"cpu": 2e-6, "cuda": 1e-5}[device]
 
 def test_the_published_networks_output_comes_back_when_folded(published):
     _, model, _ = mss.load_checkpoint(published)
 
-    assert_like_the_published_network(mss.fold_batch_norms(model))
+    theirs, ours = theirs_and_ours(mss.fold_batch_norms(model))
+
+    assert np.abs(theirs - ours).max() < 2e-6
 
 @pytest.mark.parametrize("name", TABLE_3)
 def test_batch_norms_are_the_published_codes(name):
@@ -562,17 +595,21 @@ def test_a_row_takes_any_length(name):
         with torch.inference_mode():
             assert model(noise(1, 2, length)).shape == (1, 2, 2, length)
 
-def gradients_of_a_row(name, mixture):
+def gradients_of_a_row(name, mixture, bf16=False):
     """{parameter: gradient} of an L1 loss against constants, so that silence has one, too."""
     _, model = small(name, targets=PAIR)
-    targets = torch.tensor([0.3, -0.3]).view(2, 1, 1)
-    loss = (model.train()(mixture) - targets).abs().mean()
+    model.to(mixture.device, memory_format=torch.channels_last).train()
+    targets = torch.tensor([0.3, -0.3]).view(2, 1, 1).to(mixture.device)
+    with torch.autocast(mixture.device.type, torch.bfloat16, enabled=bf16):
+        estimates = model(mixture)
+    loss = (estimates - targets).abs().mean()
     loss.backward()
     return {path: parameter.grad for path, parameter in model.named_parameters()}
 
+@pytest.mark.parametrize("bf16", (False, True), ids=("float32", "bf16"))
 @pytest.mark.parametrize("name", ROWS)
-def test_every_parameter_of_a_row_learns(name):
-    gradients = gradients_of_a_row(name, noise(2, 2, 3000))
+def test_every_parameter_of_a_row_learns(name, bf16, device):
+    gradients = gradients_of_a_row(name, noise(2, 2, 3000).to(device), bf16)
 
     for path, gradient in gradients.items():
         assert gradient is not None, path
@@ -671,7 +708,7 @@ def test_heads_are_of_one_target_after_the_other():
     assert not accompaniment.abs().max() > 1e-6
 
 def in_bf16(model, mixture):
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+    with torch.autocast(mixture.device.type, torch.bfloat16), torch.inference_mode():
         return model.eval()(mixture)
 
 def test_only_the_backbone_runs_in_bf16():
@@ -688,11 +725,26 @@ def test_only_the_backbone_runs_in_bf16():
     heads = dict.fromkeys(("mask", "q", "p_r", "p_i"), torch.float32)
     assert seen == {"backbone": torch.bfloat16, **heads}
 
-@pytest.mark.parametrize("name", TABLE_3 + ("Wave-U-Net", "Wave-U-Net-12"))
-def test_a_row_in_bf16_answers_in_float32(name):
-    _, model = small(name)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_in_bf16_answers_in_float32(name, device):
+    _, model = small(name, targets=mss.SOURCES)
 
-    assert in_bf16(model, noise(1, 2, 1000)).dtype == torch.float32
+    y = in_bf16(model.to(device), noise(1, 2, 3000).to(device))
+
+    assert y.dtype == torch.float32
+    assert torch.isfinite(y).all()
+
+@pytest.mark.parametrize("name", ("DPRNN", "PM-Unet", "Open-Unmix"))
+def test_lstms_stay_in_float32(name, device):
+    _, model = small(name)
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, nn.LSTM):
+            module.register_forward_hook(lambda *call: seen.add(call[2][0].dtype))
+
+    in_bf16(model.to(device), noise(1, 2, 3000).to(device))
+
+    assert seen == {torch.float32}
 
 def test_bf16_changes_little():
     _, model = small("ResUNetDecouple+")
@@ -931,7 +983,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
     OUT_OF_MEMORY,
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
                  "9 bytes."),
-], ids=["CUDA", "CPU"])
+], ids=["a GPU's", "a CPU's"])
 @pytest.mark.parametrize("length", [20_000, 3000])                    # samples: one window, or more
 def test_out_of_memory_is_survived(error, length):
     x = noise(2, length)
@@ -3335,7 +3387,8 @@ def test_a_home_that_the_shell_left_is_found(words, monkeypatch):
 
     assert args.device == "/home/me/x"
 
-@pytest.mark.parametrize("name", ["hpu", "meta", "privateuseone", "cuda:999", "nonsense", " "])
+@pytest.mark.parametrize("name", [
+    "hpu", "meta", "privateuseone", pytest.param("cuda:999", id="absent GPU"), "nonsense", " "])
 def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(mss.UserError, match="no such device here"):
         mss.pick_device(name)
@@ -3383,7 +3436,7 @@ def train_well(*words):
     return stdout
 
 def content(path):
-    return torch.load(path, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 def weights(path):
     return content(path)["model"]
@@ -4573,15 +4626,16 @@ def test_a_run_in_bf16_with_blocks_computed_again(songs, tmp_path):
 
 PARALLEL = ("ResUNetDecouple+", "Wave-U-Net", "PM-Unet")
 
-def learn_twice(songs, path, name, dtype, *words):
+def learn_twice(songs, path, device, name, dtype, *words):
     """Two steps of all processes: losses, and the last gradient and statistics -> a file."""
-    args = train.parse([*quick(songs, "-", batch_size=4, accumulate=2, model=name), *words])
+    words = [*quick(songs, "-", batch_size=4, accumulate=2, model=name, device=device), *words]
+    args = train.parse(words)
     config = train.config_of(args)
     segments = mss.Segments(mss.musdb_tracks(songs, "train"), config, args.segment)
     batches = ((mixture.to(dtype), targets.to(dtype))
                for mixture, targets in train.loader(segments, args, 0))
     torch.manual_seed(0)
-    model = mss.MODELS[name](config).to(dtype).train()
+    model = mss.MODELS[name](config).to(device, dtype).train()
     network = train.network_of(model, args)
     optimizer = train.optimizer_of(model, args)
 
@@ -4595,18 +4649,19 @@ def learn_twice(songs, path, name, dtype, *words):
     if train.RANK == 0:
         torch.save(found, path)
 
-def learn_in_all_ways(songs, folder):
+def learn_in_all_ways(songs, folder, device):
     """What each of torchrun's processes does in the fixture below, and one in the tests."""
     if train.WORLD > 1:
-        train.dist.init_process_group()
+        train.dist.init_process_group("gloo")                         # NCCL: no two on a GPU
     for name in PARALLEL:
-        learn_twice(songs, Path(folder, name), name, torch.float64)
-    learn_twice(songs, Path(folder, "bf16"), "UNetDecouple+", torch.float32,
+        learn_twice(songs, Path(folder, name), device, name, torch.float64)
+    learn_twice(songs, Path(folder, "bf16"), device, "UNetDecouple+", torch.float32,
                 "--bf16", "--checkpoint-blocks")
 
-@pytest.fixture(scope="session")
-def learned(songs, tmp_path_factory):
-    """A function: a name above -> what one process learned, and what two did."""
+@pytest.fixture(scope="session", params=("cpu", "cuda"))
+def learned(request, songs, tmp_path_factory):
+    """A function: a name above -> what one process learned, and what two did, on one GPU if any."""
+    device = present(request.param)
     folder = tmp_path_factory.mktemp("learned")
     one, two = folder / "one", folder / "two"
     one.mkdir()
@@ -4620,10 +4675,10 @@ def learned(songs, tmp_path_factory):
         f"launched = dict(os.environ)\n"
         f"import {tests.stem}\n"
         f"os.environ.update(launched)\n"
-        f"{tests.stem}.learn_in_all_ways({str(songs)!r}, {str(two)!r})\n",
+        f"{tests.stem}.learn_in_all_ways({str(songs)!r}, {str(two)!r}, {device!r})\n",
         encoding="utf-8")
 
-    learn_in_all_ways(songs, one)
+    learn_in_all_ways(songs, one, device)
     done = torchrun(script)
     assert done.returncode == 0, done.stderr
     return lambda name: (content(one / name), content(two / name))
@@ -6167,13 +6222,13 @@ def test_what_is_gone_is_written_again(evaluated):
 
     assert torch.equal(mss.read_audio(vocals)[0], before)
 
-def check_same_scores(evaluated, path):
-    """A CSV must hold the SDRs of the run that wrote the estimates."""
+def check_same_scores(evaluated, path, decibels=0):
+    """A CSV must hold the SDRs of the run that wrote the estimates, but for so many dB."""
     rows = scores_in(path)
     assert rows.keys() == evaluated.rows.keys()
     for key, row in evaluated.rows.items():
-        assert rows[key]["SDR"] == row["SDR"]
-        assert rows[key]["uSDR"] == row["uSDR"]
+        for metric in ("SDR", "uSDR"):
+            assert float(rows[key][metric]) == pytest.approx(float(row[metric]), abs=decibels)
 
 def test_files_score_as_the_model_that_wrote_them(evaluated, songs, tmp_path):
     code, _, err = call(
@@ -6183,15 +6238,17 @@ def test_files_score_as_the_model_that_wrote_them(evaluated, songs, tmp_path):
     assert (code, err) == (0, "")
     check_same_scores(evaluated, tmp_path / "scores.csv")
 
-def test_another_process_scores_the_same(evaluated, songs, tmp_path, monkeypatch):
+def test_another_process_scores_the_same(evaluated, device, songs, tmp_path, monkeypatch):
+    """On the same GPU."""
     monkeypatch.setattr(evaluate, "work", lambda *arguments: None)    # but not in that process
 
-    code, _, err = call(
-        evaluate.main, "--estimates", evaluated.folder / "out", "--musdb", songs,
+    code, stdout, err = call(
+        evaluate.main, "-m", evaluated.folder / "small.pt", "--musdb", songs, "-d", device,
         "--workers", 2, "--results", tmp_path / "kept", "--csv", tmp_path / "scores.csv")
 
     assert (code, err) == (0, "")
-    check_same_scores(evaluated, tmp_path / "scores.csv")
+    assert f"on {device}" in stdout
+    check_same_scores(evaluated, tmp_path / "scores.csv", {"cpu": 1e-9, "cuda": 0.1}[device])
 
 def test_a_dead_process_is_noticed(songs):
     tracks = mss.musdb_tracks(songs, "train")[:2]
@@ -6606,6 +6663,225 @@ def test_mask_statistics_against_numpy(piece, monkeypatch):
     assert count == M.size
     assert above == (abs(M) > 1).sum()
     assert abs(np.array(histogram) - expected.ravel()).sum() < 20     # on the edges of the cells
+
+# ---- CUDA ---------------------------------------------------------------------------------------
+
+# What is tested on a GPU is tested on the CPU, too, so that a wrong test is found where there is no
+# GPU. Above, too, tests have the `device`: of rows, the published network, several processes, and
+# evaluate.py's.
+
+# TF32 rounds to 2^-11, bfloat16 to 2^-9, what layers give, too. On a CPU bfloat16 came to 49 dB;
+# rounding what convolutions get as TF32 does, to 70 dB.
+@pytest.mark.parametrize("device, bf16, decibels", [
+    pytest.param("cpu", True, 40, id="cpu-bf16"),
+    pytest.param("cuda", False, 55, id="cuda-TF32"),
+    pytest.param("cuda", True, 40, id="cuda-bf16"),
+], indirect=["device"])
+def test_a_coarser_precision_changes_little(device, bf16, decibels, published, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    _, model, _ = mss.load_checkpoint(published, device)
+
+    theirs, ours = theirs_and_ours(model, device, bf16)
+
+    assert decibels < mss.sdr(theirs, ours) < 110                     # float32: 124
+
+@pytest.mark.parametrize("loss", train.LOSSES)
+def test_a_loss_and_its_gradient_are_as_on_the_cpu(loss, device):
+    targets = noise(1, 2, 2, 9000, seed=1)
+    found = []
+    for place in ("cpu", device):
+        estimates = noise(1, 2, 2, 9000).to(place).requires_grad_()
+        value = train.LOSSES[loss](estimates, targets.to(place))
+        value.backward()
+        found.append((value.item(), estimates.grad.cpu()))
+
+    (expected, expected_gradient), (value, gradient) = found
+    assert value == pytest.approx(expected, rel=1e-4)
+    assert mss.sdr(expected_gradient, gradient) > 60
+
+@pytest.mark.parametrize("device", ("cpu", "cuda", "cuda:0"), indirect=True)
+def test_a_song_is_separated_as_on_the_cpu(device, checkpoint, tmp_path):
+    song = tmp_path / "song.wav"
+    mss.write_audio(song, noise(2, 3 * RATE), RATE)
+    sizes = "--segment", 0.3, "--overlap", 0.1
+
+    folder, _ = separate_song(checkpoint, song, *sizes)
+    expected = check_stems(folder, song)
+    folder, stdout = separate_song(
+        checkpoint, song, *sizes, "--device", device, "--batch-size", 8)
+    found = check_stems(folder, song)
+
+    assert f"on {'cpu' if device == 'cpu' else 'cuda:0'}" in stdout
+    assert mss.sdr(expected, found) > 40                              # TF32's rounding
+
+@contextlib.contextmanager
+def little_memory(device, model, windows):
+    """So little memory meanwhile that one of the windows fits, but not all at once."""
+    if device == "cpu":
+        forward = model.forward
+
+        def limited(x):
+            if len(x) > len(windows) // 2:
+                raise OUT_OF_MEMORY
+            return forward(x)
+
+        model.forward = limited
+        yield
+        return
+
+    def needed(count):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        assert mss.separate_windows(model, windows[:count], False) is not None
+        return torch.cuda.max_memory_reserved()
+
+    limit = (needed(1) + needed(len(windows))) / 2                    # bytes
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+def test_memory_that_runs_out_is_survived_by_halving(device, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    _, model = small("UNet")
+    model.eval().to(device)
+    segment = {"cpu": 1 << 12, "cuda": 1 << 20}[device]               # samples: MB, or GB
+    x = noise(2, 9 * segment)
+    windows = x[:, :8 * segment].unflatten(1, (8, segment)).transpose(0, 1)
+
+    alone = mss.separate_track(model, x, segment, overlap=0)
+    with little_memory(device, model, windows):
+        together = mss.separate_track(model, x, segment, overlap=0, batch_size=8)
+
+    tried = re.findall(r"going on with (\d) x (\d+) samples", capsys.readouterr().err)
+    assert tried and {int(samples) for _, samples in tried} == {segment}
+    assert mss.sdr(alone, together) > 80                              # float32's rounding: 110
+
+# ---- CUDA: training -----------------------------------------------------------------------------
+
+def learn(songs, out, *words, **changes):
+    """Train, at a rate at which each step counts, and log each -> the losses."""
+    rates = dict(lr=0.01, warmup=1, log_every=1, validate_every=99, save_every=99)
+    train_well(*quick(songs, out, **{**rates, **changes}), *words)
+    return column(out, "loss")
+
+def test_validation_leaves_it_to_others_how_cudnn_computes(device):
+    cudnn = torch.backends.cudnn
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = True, True, False
+
+    with train.eagerly():
+        assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (False, True, False)
+
+    assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (True, True, False)
+
+@pytest.fixture(scope="session")
+def plain_losses_of_three(songs, tmp_path_factory):
+    """Three steps on the CPU."""
+    return learn(songs, tmp_path_factory.mktemp("runs") / "three", steps=3)
+
+@pytest.fixture
+def repeatable():
+    """The same bits again and again, on a GPU, too."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not(
+        device, repeatable, songs, tmp_path, monkeypatch):
+    """With workers, which fork where CUDA is at work already."""
+    step = train.train_step
+    steps = []
+
+    def interrupted(*words):
+        steps.append(1)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*words)
+
+    words = quick(songs, tmp_path / "stopped", device=device, workers=2, lr=0.01, warmup=1,
+                  validate_every=99)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)            # may be ignored here
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        code, stdout, _ = call(train.main, *words)
+    signal.signal(signal.SIGTERM, before)
+    resumed = train_well(*words)
+    learn(songs, tmp_path / "straight", device=device)
+
+    assert code == 143 and "stopped at step" in stdout and "resuming" in resumed
+    assert 4 <= int(re.search(r"at step (\d)", resumed)[1]) < 8
+    stopped, straight = (content(tmp_path / name / "last.pt") for name in ("stopped", "straight"))
+    assert stopped["step"] == straight["step"] == 8
+    assert equal(stopped["model"], straight["model"])
+
+@pytest.mark.parametrize("words", (
+    ["--bf16"], ["--checkpoint-blocks"], ["--accumulate", "2"], ["--ema", "0.9"],
+    ["--bf16", "--checkpoint-blocks", "--accumulate", "2", "--ema", "0.9"],
+), ids=" ".join)
+def test_two_steps_are_as_on_the_cpu(words, device, plain_losses_of_three, songs, tmp_path):
+    losses = learn(songs, tmp_path, *words, steps=2, device=device)
+
+    # Accumulated parts are normalised by themselves.
+    most = 0.2 if "--accumulate" in words else 0.02
+    assert losses == pytest.approx(plain_losses_of_three[:2], rel=most)
+    assert content(tmp_path / "last.pt")["step"] == 2
+    assert math.isfinite(column(tmp_path, "valid_sdr_vocals")[0])
+
+@pytest.mark.filterwarnings("error:RNN module weights")               # in pieces: cuDNN is slow
+def test_an_lstm_and_its_average_learn_in_bf16(device, songs, tmp_path):
+    losses = learn(
+        songs, tmp_path, "--bf16", "--ema", "0.9", model="DPRNN", steps=2, device=device)
+
+    assert np.isfinite(losses).all() and len(losses) == 2
+
+def test_a_run_moves_to_the_cpu_and_back(device, plain_losses_of_three, songs, tmp_path):
+    for place in (device, "cpu", device):
+        losses = learn(songs, tmp_path, device=place, hours=1e-9)     # a step
+
+    assert losses == pytest.approx(plain_losses_of_three, rel=0.05)
+    states = content(tmp_path / "last.pt")["optimizer"]["state"].values()
+    assert {float(state["step"]) for state in states} == {3}
+
+def test_a_single_process_of_torchruns_learns_as_without(
+        device, plain_losses_of_three, songs, tmp_path, monkeypatch):
+    """With NCCL on a GPU."""
+    launched = dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(train, "LAUNCHED", True)
+    network_of = train.network_of
+    networks = []
+
+    def kept(*words):
+        networks.append(network_of(*words))
+        return networks[-1]
+
+    monkeypatch.setattr(train, "network_of", kept)
+    try:
+        losses = learn(songs, tmp_path, steps=2, device=device)
+    finally:
+        if train.dist.is_initialized():
+            train.dist.destroy_process_group()
+
+    network, = networks
+    kind = {"cpu": train.SyncBatchNorm, "cuda": nn.SyncBatchNorm}[device]
+    assert isinstance(network, nn.parallel.DistributedDataParallel)
+    assert {type(norm) for norm in batch_norms(network).values()} == {kind}
+    assert losses == pytest.approx(plain_losses_of_three[:2], rel=0.02)
+
+# The last test, for compiling takes longest on a GPU. On the CPU it is only traced.
+def test_two_compiled_steps_are_as_others(device, songs, tmp_path, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    name = "Wave-U-Net-12"
+
+    compiled = learn(
+        songs, tmp_path / "compiled", "--compile", model=name, steps=2, device=device)
+
+    plain = learn(songs, tmp_path / "plain", model=name, steps=2, device=device)
+    assert compiled == pytest.approx(plain, rel=0.02)
 
 # ---- docs/benchmark.py --------------------------------------------------------------------------
 

@@ -35,10 +35,11 @@ import baselines
 import evaluate
 import mss
 
-# torchrun's: the number of this process, and how many there are. Some schedulers set the latter
-# without torchrun.
+# Whether torchrun started this process, its number, and how many there are. Some schedulers set
+# the latter without torchrun.
+LAUNCHED = "RANK" in os.environ
 RANK = mss.launcher_number("RANK", 0)
-WORLD = mss.launcher_number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
+WORLD = mss.launcher_number("WORLD_SIZE", 1) if LAUNCHED else 1
 
 # ---- Recipes: what is trained, with what --------------------------------------------------------
 
@@ -158,7 +159,7 @@ def train_step(network, optimizer, batches, args, flags=()):
         mixture = mixture.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         last = part == args.accumulate - 1                            # adds up all processes'
-        with contextlib.nullcontext() if last or WORLD == 1 else network.no_sync():
+        with network.no_sync() if LAUNCHED and not last else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 estimates = network(mixture)                          # (B, S, C, L)
             part_loss = LOSSES[args.loss](estimates, targets) / args.accumulate
@@ -359,8 +360,10 @@ SCORES = {              # columns of log.csv for each target: system, metric, ov
 @contextlib.contextmanager
 def eagerly():
     """Without compiling or tuning: the last block of each song has another length."""
-    tuning = torch.backends.cudnn.flags(enabled=True, benchmark=False)
-    with torch.compiler.set_stance("force_eager"), tuning:
+    cudnn = torch.backends.cudnn
+    no_tuning = cudnn.flags(enabled=cudnn.enabled, benchmark=False, allow_tf32=cudnn.allow_tf32,
+                            deterministic=cudnn.deterministic)
+    with torch.compiler.set_stance("force_eager"), no_tuning:
         yield
 
 def validate(model, tracks, bf16, caught):
@@ -879,7 +882,7 @@ BLOCKS = (mss.ConvBlock, mss.ResBlock, *baselines.BLOCKS)             # of --che
 
 def network_of(model, args):
     """The model, on many processes, compiled, with activations computed again, as args say."""
-    if WORLD > 1:
+    if LAUNCHED:
         synchronise_batch_norms(model)
 
     if args.checkpoint_blocks:
@@ -894,7 +897,7 @@ def network_of(model, args):
         for child in (model.separator if isinstance(model, mss.Subbands) else model).children():
             child.compile()
 
-    if WORLD == 1:
+    if not LAUNCHED:
         return model
     network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     network.broadcast_buffers = False                                 # they are equal already
@@ -960,7 +963,7 @@ def start_processes(args):
     torch.backends.cudnn.benchmark = True                             # all batches are of one shape
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if WORLD > 1:
+    if LAUNCHED:
         # Two hours, for others may validate long songs for long.
         with mss.meeting():
             dist.init_process_group(timeout=datetime.timedelta(hours=2))
@@ -1019,13 +1022,13 @@ def first_process_first():
     if RANK > 0:
         dist.barrier()
     yield
-    if WORLD > 1 and RANK == 0:
+    if LAUNCHED and RANK == 0:
         dist.barrier()
 
 def gather(thing):
     """The list of all processes' things."""
     everyone = [thing] * WORLD
-    if WORLD > 1:
+    if LAUNCHED:
         dist.all_gather_object(everyone, thing)
     return everyone
 
@@ -1034,7 +1037,7 @@ def agree(loss, norm, flags):
     means = torch.stack([loss, norm]) / WORLD
     sums = torch.tensor([float(flag) for flag in flags]).to(loss.device, non_blocking=True)
     numbers = torch.cat([means, sums])
-    if WORLD > 1:
+    if LAUNCHED:
         dist.all_reduce(numbers)
     return numbers[0], numbers[1], numbers[2:]
 
@@ -1292,7 +1295,7 @@ def build(args, config, device, segments):
     return model.to(device, memory_format=torch.channels_last).train()
 
 def main(argv=None):
-    if "RANK" in os.environ:
+    if LAUNCHED:
         mss.check_launcher()
     args = parse(argv)
     device = start_processes(args)
@@ -1303,7 +1306,8 @@ def main(argv=None):
         with first_process_first():
             segments, held_out = open_data(args, config)
         model = build(args, config, device, segments)
-        average = copy.deepcopy(model) if args.ema else model
+        # .to lets the weights of an LSTM lie in one piece again, as cuDNN wants them.
+        average = copy.deepcopy(model).to(device) if args.ema else model
         optimizer = optimizer_of(model, args)
 
         settings = {name: getattr(args, name) for name in SETTINGS}
@@ -1320,7 +1324,7 @@ def main(argv=None):
               f"{WORLD} x {device}; {args.musdb}: {len(segments.tracks)} songs to train on, "
               f"{len(held_out)} to validate; {args.out}")
         code = train(args, run, model, average, optimizer, segments, held_out)
-        if WORLD > 1:
+        if LAUNCHED:
             dist.destroy_process_group()                              # after an error it would wait
         return code
 
