@@ -1,6 +1,7 @@
 """Measure speed and memory of all that the project does, and print tables in markdown.
 
-    python docs/benchmark.py                             # everything: a quarter of an hour on a CPU
+    python docs/benchmark.py                             # on a CPU: a quarter of an hour
+    python docs/benchmark.py --musdb /data/musdb18hq     # on a GPU: five minutes, other tables
     python docs/benchmark.py separation -m paper         # 60 s of noise, in float32 and bfloat16
     python docs/benchmark.py training loader --musdb /data/musdb18hq
 
@@ -10,16 +11,22 @@ reason the convolution that the networks spend most of their time on is timed be
 import concurrent.futures
 import contextlib
 import copy
+import functools
+import gc
 import itertools
+import math
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.profiler
 import torch.utils.benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +35,7 @@ import evaluate
 import mss
 import train
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "TF32": torch.float32, "bfloat16": torch.bfloat16}
 
 # ---- Tools --------------------------------------------------------------------------------------
 
@@ -38,9 +45,16 @@ def in_new_process(function, *arguments):
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
         return pool.submit(function, *arguments).result()
 
-def seconds_of(function):
+def synchronise(device):
+    """Wait until a GPU has done what it was told: it works while Python goes on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+def seconds_of(function, device=torch.device("cpu")):
+    synchronise(device)
     start = time.perf_counter()
     function()
+    synchronise(device)
     return time.perf_counter() - start
 
 def heading(title, *columns):
@@ -48,6 +62,48 @@ def heading(title, *columns):
 
 def row(*cells):
     print(f"| {' | '.join(cells)} |", flush=True)
+
+def attempt(args, needed, measure, *arguments):
+    """The cells that measure(args, ...) returns, or one that says why there are none.
+
+    `needed`: about how many seconds it takes, which --limit has to leave.
+    """
+    if time.monotonic() + needed > args.end:
+        return ("not measured: out of --limit",)
+    try:
+        return measure(args, *arguments)
+    except Exception as error:                                        # such as a compiler's
+        reason = f"{type(error).__name__}: {mss.one_line(error)}"
+        return (f"failed: {reason.replace('|', '/')}",)
+    finally:
+        train.end_workers()
+
+def use(precision, tuned=False):
+    """Let a GPU compute as `precision` says, by the convolutions that are fastest if tuned."""
+    tf32 = precision != "float32"                                     # train.py's, with --bf16, too
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = tuned
+
+def fresh_memory(device):
+    """Let the GPU's peak of memory be that of what follows."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+def memory(device):
+    """The peak in GiB: of a GPU what tensors took, and what torch kept for them."""
+    peak = f"{mss.peak_memory(device):.2f}"
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f}, {peak}"
+    return peak
+
+# ---- What the machine can do --------------------------------------------------------------------
+
+def median_seconds(statement, **variables):
+    timer = torch.utils.benchmark.Timer(
+        statement, globals=variables, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.2).median
 
 @torch.inference_mode()
 def convolution_rate(device, dtype):
@@ -57,10 +113,43 @@ def convolution_rate(device, dtype):
     convolution = convolution.to(device, dtype, memory_format=torch.channels_last)
     x = torch.randn(batch, 384, 64, 64)
     x = x.to(device, dtype, memory_format=torch.channels_last)
-    timer = torch.utils.benchmark.Timer(
-        "convolution(x)", globals={"convolution": convolution, "x": x},
-        num_threads=torch.get_num_threads())
-    return 2 * 9 * 384 * x.numel() / timer.blocked_autorange(min_run_time=0.2).median
+    return 2 * 9 * 384 * x.numel() / median_seconds("convolution(x)", convolution=convolution, x=x)
+
+def matmul_rate(device, dtype):
+    """The FLOP/s of a product of square matrices."""
+    n = 1024 if device.type == "cpu" else 8192
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / median_seconds("x @ x", x=x)
+
+def copy_rate(device, dtype):
+    """Bytes per second, read and written, of a copy within the device's memory."""
+    x = torch.zeros(1 << (24 if device.type == "cpu" else 28), device=device, dtype=dtype)
+    return 2 * x.nbytes / median_seconds("y.copy_(x)", x=x, y=torch.empty_like(x))
+
+@functools.cache
+def rate_of(what, device, precision):
+    """One of the above, measured once."""
+    use(precision, tuned=True)
+    return what(device, PRECISIONS[precision])
+
+RATES = {               # function, unit
+    "matrix product, TFLOP/s": (matmul_rate, 1e12),
+    "3x3 convolution of 384 features, TFLOP/s": (convolution_rate, 1e12),
+    "copy, GB/s": (copy_rate, 1e9),
+}
+
+def measure_rate(args, name, precision):
+    what, unit = RATES[name]
+    return (f"{rate_of(what, mss.pick_device(args.device), precision) / unit:.1f}",)
+
+def rates(args):
+    """What the shares of a GPU that are used refer to."""
+    heading("Rates of the device", "", *PRECISIONS)
+    for name in RATES:
+        cells = [attempt(args, 5, measure_rate, name, precision) for precision in PRECISIONS]
+        row(name, *sum(cells, ()))
+
+# ---- FLOP ---------------------------------------------------------------------------------------
 
 def lstm_flops(factor, weights):
     """What FlopCounterMode needs to count LSTMs.
@@ -87,15 +176,31 @@ def count_flops(function):
         function()
     return counter.get_total_flops()
 
+# ---- Networks -----------------------------------------------------------------------------------
+
+OPEN_UNMIX = dict(model="Open-Unmix", targets=mss.SOURCES, window=4096, hop=1024)
+NAMED = {               # what weights that have names are made from
+    "paper": mss.Config(),
+    "paper-fast": mss.Config("ResUNetDecouple+-subband", window=512, hop=110),
+    "paper-small": mss.Config("MobileNet-subband", window=512, hop=110),
+    "umxhq": mss.Config(width=512, **OPEN_UNMIX),
+    "umxl": mss.Config(width=1024, **OPEN_UNMIX),
+}
+
+def random_network(name, device):
+    """A network of NAMED with random weights: their values don't matter here."""
+    config = NAMED[name]
+    with device:
+        model = mss.MODELS[config.model](config)
+    return model.to(device, memory_format=torch.channels_last).eval()
+
 # ---- Separation ---------------------------------------------------------------------------------
 
 def model_to_measure(args, device):
     """The checkpoint of -m, or the paper's network with random weights."""
     if args.model:
         return mss.load_models([args.model], device)
-    model = mss.MODELS["ResUNetDecouple+"](mss.Config())
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    return mss.fold_batch_norms(model)
+    return mss.fold_batch_norms(random_network("paper", device))
 
 def measure_separation(args, precision):
     """Separate noise -> a row: the convolution is timed between the blocks."""
@@ -130,99 +235,117 @@ def separation(args):
     name = args.model or "ResUNetDecouple+, random weights"
     heading(f"Separation: {name}, {args.song:g} s of noise",
             "", "wall s", "real-time factor", "GFLOP/s", "of a 3x3 convolution's", "peak GiB")
-    for precision in PRECISIONS:
+    for precision in ("float32", "bfloat16"):
         row(*in_new_process(measure_separation, args, precision))
 
 # ---- Training -----------------------------------------------------------------------------------
 
-BASE = dict(bf16=False, tf32=False, channels_last=True, compile=False, real=False)
-
-def training_rows(args, cuda):
-    """{name: what differs}"""
-    rows = {
-        "float32, plain": {**BASE, "channels_last": False},
-        "float32": BASE,
-    }
-    if cuda:
-        rows["float32, TF32"] = {**BASE, "tf32": True}
-    rows["bfloat16"] = {**BASE, "bf16": True}
-    if cuda:
-        rows["bfloat16, compiled"] = {**BASE, "bf16": True, "compile": True}
-    rows["bfloat16, real batches"] = {**BASE, "bf16": True, "tf32": cuda, "real": True}
-    return rows
+BASE = dict(
+    precision="float32", channels_last=True, compile=False, checkpoint_blocks=False, real=False)
+BF16 = {**BASE, "precision": "bfloat16"}
+TRAINING = {            # what differs; without --musdb real batches are of built-in songs
+    "float32, plain": {**BASE, "channels_last": False},
+    "float32": BASE,
+    "bfloat16": BF16,
+    "bfloat16, real batches": {**BF16, "real": True},
+}
 
 def training_args(args):
     """train.py's arguments for the songs of --musdb and the flags of --train."""
     words = ["--musdb", args.musdb, "--device", args.device, "--workers", str(args.workers)]
     return train.parse(words + args.train.split())
 
-def measure_training(args, name, what):
-    """Train on one batch of noise, or on real ones, for args.seconds -> a row."""
-    options = training_args(args)
-    vars(options).update(bf16=what["bf16"], compile=what["compile"], lr=0.0, steps=1 << 40)
-    if what["channels_last"]:
-        mss.keep_memory()
-    device = mss.pick_device(args.device)
-    torch.backends.cudnn.allow_tf32 = what["tf32"]
-    torch.backends.cudnn.benchmark = True
-
-    config = train.config_of(options)
-    layout = torch.channels_last if what["channels_last"] else torch.contiguous_format
-    model = mss.MODELS[config.model](config).to(device, memory_format=layout).train()
-    optimizer = train.optimizer_of(model, options)
-    if what["real"]:
-        segments, _ = train.open_data(options, config)
-        batches = train.loader(segments, options, 0)
-    else:
-        batches = itertools.repeat(noise_batch(options, config, device))
-    batches = train.Timed(batches)
-
-    def step():
-        train.train_step(network, optimizer, batches, options)
-
-    # Before the network is compiled, which the counter can't see through; then a step that isn't
-    # timed, for it may be compiled and tuned first.
-    network = model
-    flops = count_flops(step)
-    network = train.network_of(model, options)
-    step()
-
-    dtype = PRECISIONS["bfloat16" if what["bf16"] else "float32"]
-    before = convolution_rate(device, dtype)
-    batches.seconds, steps, start = 0.0, 0, time.perf_counter()
-    while time.perf_counter() < start + args.seconds or steps < 2:
-        step()
-        steps += 1
-    seconds = time.perf_counter() - start
-    ceiling = (before + convolution_rate(device, dtype)) / 2
-    train.end_workers()
-
-    rate = flops * steps / seconds
-    hours = train.PACE["steps"] * train.PAPER["batch_size"] / options.batch_size
-    hours *= seconds / steps / 3600
-    wait = f"{batches.seconds / seconds:.1%}" if what["real"] else ""
-    return (name, f"{steps / seconds:.3f}", f"{rate / 1e9:.0f}",
-            f"{ceiling / 1e9:.0f}: {rate / ceiling:.0%}", wait,
-            f"{mss.peak_memory(device):.2f}", f"{hours:,.0f} hours")
-
-def noise_batch(options, config, device):
-    """(mixture (B, C, L), targets (B, S, C, L)) of a step's part."""
-    size = options.batch_size // options.accumulate
+def noise_batch(size, options, config, device):
+    """(mixture (B, C, L), targets (B, S, C, L)) of `size` examples."""
     length = round(options.segment * config.sample_rate)
     mixture = 0.1 * torch.randn(size, config.channels, length, device=device)
     targets = 0.1 * torch.randn(
         size, len(config.targets), config.channels, length, device=device)
     return mixture, targets
 
+class Steps:
+    """Training, of which each step can be timed: on one batch of noise, or on real ones."""
+
+    def __init__(self, args, what):
+        self.options = options = training_args(args)
+        vars(options).update(
+            bf16=what["precision"] == "bfloat16", compile=what["compile"],
+            checkpoint_blocks=what["checkpoint_blocks"], lr=0.0, steps=1 << 40)
+        if what["channels_last"]:
+            mss.keep_memory()
+        self.device = device = mss.pick_device(args.device)
+        fresh_memory(device)
+
+        config = train.config_of(options)
+        layout = torch.channels_last if what["channels_last"] else torch.contiguous_format
+        model = mss.MODELS[config.model](config).to(device, memory_format=layout).train()
+        self.optimizer = train.optimizer_of(model, options)
+        size = options.batch_size // options.accumulate
+
+        # Of one example, and before the network is compiled, which the counter can't see through.
+        use(what["precision"])
+        self.network = model
+        self.batches = itertools.repeat(noise_batch(1, options, config, device))
+        self.flops = size * count_flops(self.step)                    # of a step
+
+        self.network = train.network_of(model, options)
+        if what["real"]:
+            segments, _ = train.open_data(options, config)
+            batches = train.loader(segments, options, 0)
+        else:
+            batches = itertools.repeat(noise_batch(size, options, config, device))
+        self.batches = train.Timed(batches)
+        use(what["precision"], tuned=True)
+        fresh_memory(device)
+
+    def step(self):
+        train.train_step(self.network, self.optimizer, self.batches, self.options)
+
+    def time(self, at_least):
+        """(s of a step, the share of it that is waiting for data)"""
+        # The first ones may be compiled and tuned.
+        for _ in range(2 if self.device.type == "cuda" else 1):
+            one = seconds_of(self.step, self.device)
+
+        # What workers have read ahead meanwhile would hide that they are too slow.
+        for _ in range(2 * self.options.workers):
+            next(self.batches)
+
+        count = max(2, math.ceil(at_least / one))
+        self.batches.seconds = 0.0
+        seconds = seconds_of(lambda: [self.step() for _ in range(count)], self.device)
+        return seconds / count, self.batches.seconds / seconds
+
+def paper_hours(options, seconds):
+    """The hours of the paper's steps and batches, a step of `options` taking so many seconds."""
+    batches = train.PACE["steps"] * train.PAPER["batch_size"] / options.batch_size
+    return f"{batches * seconds / 3600:,.0f} hours"
+
+def measure_training(args, name, what):
+    """Train for args.seconds -> a row."""
+    steps = Steps(args, what)
+    dtype = PRECISIONS[what["precision"]]
+    before = convolution_rate(steps.device, dtype)
+    seconds, waiting = steps.time(args.seconds)
+    ceiling = (before + convolution_rate(steps.device, dtype)) / 2
+    train.end_workers()
+
+    speed = steps.flops / seconds
+    return (name, f"{1 / seconds:.3f}", f"{speed / 1e9:.0f}",
+            f"{ceiling / 1e9:.0f}: {speed / ceiling:.0%}", f"{waiting:.1%}" if what["real"] else "",
+            f"{mss.peak_memory(steps.device):.2f}", paper_hours(steps.options, seconds))
+
+PAPERS_RUN = "300,000 steps of 16, at this rate"
+
+def training_title(options):
+    return (f"Training: {options.model}, width {options.width}, batch {options.batch_size} of "
+            f"{options.segment:g} s, {options.workers} workers")
+
 def training(args):
     """Steps per second and memory; the hours of the paper's steps and batches at that rate."""
-    options = training_args(args)
-    cuda = mss.pick_device(args.device).type == "cuda"
-    heading(f"Training: {options.model}, width {options.width}, batch {options.batch_size} of "
-            f"{options.segment:g} s, {options.workers} workers",
-            "", "steps/s", "GFLOP/s", "of a 3x3 convolution's", "waiting for data", "peak GiB",
-            "300,000 steps of 16, at this rate")
-    for name, what in training_rows(args, cuda).items():
+    heading(training_title(training_args(args)), "", "steps/s", "GFLOP/s",
+            "of a 3x3 convolution's", "waiting for data", "peak GiB", PAPERS_RUN)
+    for name, what in TRAINING.items():
         row(*in_new_process(measure_training, args, name, what))
 
 # ---- The loader ---------------------------------------------------------------------------------
@@ -311,23 +434,14 @@ def overlap(args):
 
 # ---- Weights that have names --------------------------------------------------------------------
 
-OPEN_UNMIX = dict(model="Open-Unmix", targets=mss.SOURCES, window=4096, hop=1024)
-NAMED = {               # what they are made from; the values of weights don't matter here
-    "paper": mss.Config(),
-    "paper-fast": mss.Config("ResUNetDecouple+-subband", window=512, hop=110),
-    "paper-small": mss.Config("MobileNet-subband", window=512, hop=110),
-    "umxhq": mss.Config(width=512, **OPEN_UNMIX),
-    "umxl": mss.Config(width=1024, **OPEN_UNMIX),
-}
-
 def measure_named(args, name):
     """Separate noise with a network of random weights -> (s, its row without the ratio)."""
     mss.keep_memory()
     device = mss.pick_device(args.device)
     config = NAMED[name]
-    model = mss.MODELS[config.model](config).to(device, memory_format=torch.channels_last)
+    model = random_network(name, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    model = mss.fold_batch_norms(model.eval())
+    model = mss.fold_batch_norms(model)
     noise = 0.1 * torch.randn(config.channels, round(args.song * config.sample_rate))
     mss.separate_track(model, noise[:, :mss.SEGMENT], bf16=args.bf16)  # the first one is slower
     seconds = seconds_of(lambda: mss.separate_track(model, noise, bf16=args.bf16))
@@ -380,7 +494,7 @@ def measure_model(args, name):
 
     model.train()
     optimizer = train.optimizer_of(model, options)
-    batches = itertools.repeat(noise_batch(options, config, "cpu"))
+    batches = itertools.repeat(noise_batch(4, options, config, "cpu"))
     steps = [seconds_of(lambda: train.train_step(model, optimizer, batches, options))
              for _ in range(6)]
     return (f"`{name}`", str(config.width), f"{parameters:,}", f"{per_second:.2f}",
@@ -393,31 +507,208 @@ def models(args):
     for name in mss.MODELS:
         row(*in_new_process(measure_model, args, name))
 
+# ---- A GPU --------------------------------------------------------------------------------------
+# All in one process, in which the peak of memory can be reset: starting CUDA takes seconds.
+
+STEPS = {
+    "bfloat16": BF16,
+    "bfloat16, songs": {**BF16, "real": True},
+    "TF32": {**BASE, "precision": "TF32"},
+    "float32": BASE,
+    "bfloat16, --checkpoint-blocks": {**BF16, "checkpoint_blocks": True},
+}
+COMPILED = {"bfloat16, --compile": {**BF16, "compile": True}}
+
+def shares(speed, device, precision):
+    """Cells: TFLOP/s, and their shares of what the device can do."""
+    return (f"{speed / 1e12:.4g}",
+            *(f"{speed / rate_of(what, device, precision):.0%}"
+              for what in (convolution_rate, matmul_rate)))
+
+SHARES = "TFLOP/s", "of a 3x3 convolution's", "of a matrix product's"
+
+def measure_steps(args, what):
+    """Train for args.seconds -> a row's cells."""
+    steps = Steps(args, what)
+    seconds, waiting = steps.time(args.seconds)
+    peak = memory(steps.device)
+    return (f"{1 / seconds:.2f}", f"{steps.options.batch_size / seconds:.1f}",
+            *shares(steps.flops / seconds, steps.device, what["precision"]),
+            f"{waiting:.1%}" if what["real"] else "", peak, paper_hours(steps.options, seconds))
+
+def steps(args, rows=STEPS, needed=30):
+    """Training steps: speed, memory, and how much of the device they use."""
+    heading(training_title(training_args(args)), "", "steps/s", "segments/s", *SHARES,
+            "waiting for data", "peak GiB: tensors, kept", PAPERS_RUN)
+    for name, what in rows.items():
+        row(name, *attempt(args, needed, measure_steps, what))
+
+SIZES = (1, 2, 4, 8, 16, 32)                                          # windows at once
+USUAL = 8
+NETWORKS = ("paper", "paper-fast", "paper-small", "bundled")
+
+def network(name, device):
+    """Of NAMED with random weights, or a checkpoint's, ready for inference."""
+    if name in NAMED:
+        return mss.fold_batch_norms(random_network(name, device))
+    return mss.load_models([name], device)
+
+def noise_for(model, windows):
+    """(C, L) that becomes so many windows, and a last one, which always goes by itself."""
+    segment, overlap = model.blocks
+    hop = mss.grid_hop(segment, overlap, model.stride, overlap // 2)
+    return 0.1 * torch.randn(model.config.channels, windows * hop + segment)
+
+def measure_windows(args, name, precision, sizes, tuned=False, compiled=False):
+    """Separate noise, so many windows at once -> a row's cells."""
+    device = mss.pick_device(args.device)
+    bf16 = precision == "bfloat16"
+    fresh_memory(device)
+    use(precision, tuned)
+    model = network(name, device)
+
+    noise = noise_for(model, max(SIZES))
+    window = noise[None, :, :model.blocks[0]]                         # (1, C, n)
+    with torch.inference_mode():
+        flops = count_flops(lambda: model(window.to(device))) * (max(SIZES) + 1)
+    if compiled:
+        train.network_of(model, types.SimpleNamespace(compile=True, checkpoint_blocks=False))
+
+    cells, fastest = [], math.inf
+    for size in sizes:
+        fresh_memory(device)
+        mss.separate_windows(model, window.expand(size, -1, -1), bf16)
+        with torch.compiler.set_stance("eager_on_recompile"):         # the last window's shape
+            mss.separate_track(model, noise_for(model, size), batch_size=size, bf16=bf16)
+            times = []
+            while sum(times) < 0.5:
+                times.append(seconds_of(
+                    lambda: mss.separate_track(model, noise, batch_size=size, bf16=bf16), device))
+        of_a_minute = 60 * model.config.sample_rate / noise.shape[1]
+        cells.append(f"{1000 * min(times) * of_a_minute:.0f}; {memory(device)}")
+        fastest = min(fastest, *times)
+    factor = fastest * model.config.sample_rate / noise.shape[1]
+    return (*cells, f"{factor:.5f}", *shares(flops / fastest, device, precision))
+
+def windows_heading(title, sizes):
+    heading(f"Separation{title}: ms for 60 s of noise; peak GiB: tensors, kept", "",
+            *(f"{size} at once" for size in sizes), "best real-time factor", *SHARES)
+
+def networks(args):
+    return [args.model] if args.model else NETWORKS
+
+def windows(args):
+    """Separation by the number of windows at once."""
+    windows_heading(", windows at once", SIZES)
+    for name in networks(args):
+        for precision in ("bfloat16", "TF32", "float32"):
+            row(f"{name}, {precision}", *attempt(
+                args, 15, measure_windows, name, precision, SIZES))
+
+PARTS = {               # of the device's time: operators that stand within no other of these
+    "convolutions": ("aten::convolution", "aten::convolution_backward"),
+    "batch norms": ("aten::batch_norm", "aten::native_batch_norm_backward",
+                    "aten::cudnn_batch_norm_backward"),
+    "STFT and inverse": ("aten::stft", "aten::istft"),
+}
+
+def profiled(work, device):
+    """Cells of a table of what a device does during work(), which has run before."""
+    cuda = device.type == "cuda"
+    seconds = seconds_of(work, device)                                # the profiler slows it down
+    with torch.profiler.profile() as profiler:
+        seconds_of(work, device)
+
+    # On a GPU of its kernels and copies, which belong to operators; in microseconds.
+    operators, busy, copies = {}, 0.0, 0.0
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            took = event.device_time_total if cuda else event.cpu_time_total
+            operators[event.name] = operators.get(event.name, 0.0) + took
+            busy += 0 if cuda else event.self_cpu_time_total
+        elif not event.is_user_annotation:
+            busy += event.device_time_total
+            if event.name.startswith(("Memcpy HtoD", "Memcpy DtoH")):
+                copies += event.device_time_total
+    if not busy:
+        raise mss.UserError("the profiler saw nothing of the device")
+    parts = [sum(operators.get(name, 0.0) for name in names) for names in PARTS.values()]
+    return (f"{1000 * seconds:.0f}", f"{busy / 1000:.0f}",
+            *(f"{part / busy:.1%}" for part in (*parts, copies)))
+
+def profile_separation(args, name):
+    device = mss.pick_device(args.device)
+    fresh_memory(device)
+    use("bfloat16")
+    model = network(name, device)
+    noise = 0.1 * torch.randn(model.config.channels, round(args.song * model.config.sample_rate))
+
+    def work():
+        mss.separate_track(model, noise, batch_size=USUAL, bf16=True)
+
+    work()
+    return profiled(work, device)
+
+def profile_step(args):
+    steps = Steps(args, BF16)
+    steps.time(0)
+    return profiled(steps.step, steps.device)
+
+def profiles(args):
+    """What the device does meanwhile."""
+    heading(f"Where the time goes: a training step, {args.song:g} s of noise; bfloat16",
+            "", "wall ms", "device ms", *PARTS, "copies to and from the host")
+    row("a step", *attempt(args, 20, profile_step))
+    for name in networks(args):
+        row(name, *attempt(args, 10, profile_separation, name))
+
+def compiled(args):
+    """What takes long: torch.compile; and, for separation, to try out convolutions."""
+    steps(args, COMPILED, needed=110)
+    name = networks(args)[0]
+    windows_heading("", [USUAL])
+    row(f"{name}, bfloat16, tuned", *attempt(
+        args, 20, measure_windows, name, "bfloat16", [USUAL], True))
+    row(f"{name}, bfloat16, compiled", *attempt(
+        args, 60, measure_windows, name, "bfloat16", [USUAL], False, True))
+
 # ---- The command --------------------------------------------------------------------------------
 
-SECTIONS = {section.__name__: section for section in (
-    separation, training, loader, evaluation, overlap, named, models)}
+ON_CPU = (separation, training, loader, evaluation, overlap, named, models)
+ON_CUDA = (rates, steps, windows, profiles, compiled)
+SECTIONS = {section.__name__: section for section in (*ON_CPU, *ON_CUDA)}
 
 def main(argv=None):
     parser = mss.parser(__doc__)
     add = parser.add_argument
     add("sections", nargs="*", metavar="SECTION",
-        help=f"some of {', '.join(SECTIONS)} (default: all)")
-    add("-m", "--model", help="of separation (default: the paper's with random weights), overlap")
+        help=f"some of {', '.join(SECTIONS)} (default: on a GPU the last {len(ON_CUDA)}, else the "
+             f"first {len(ON_CPU)})")
+    add("-m", "--model", help="of separation (default: the paper's with random weights), overlap, "
+        f"windows, profiles (default: {', '.join(NETWORKS)})")
     add("--song", type=float, default=60.0, metavar="S", help="seconds of noise (%(default)s)")
-    add("--seconds", type=float, default=20.0, metavar="S",
-        help="time for each row of training, and four of the loader's (%(default)s)")
+    add("--seconds", type=float, metavar="S", help="time for each row of training and steps, and "
+        "four of the loader's (default: 20, on a GPU 4)")
     add("--musdb", help="songs (default: built-in ones)")
     add("--train", default="", metavar="FLAGS",
         help="train.py's, as one word; default: --batch-size 1 on a CPU, the paper's on a GPU")
-    add("--workers", type=int, default=1, help="processes that read songs (%(default)s)")
+    add("--workers", type=int,
+        help="processes that read songs (default: 1, on a GPU one for each core, up to 14)")
+    add("--limit", type=float, metavar="S", help="after that long no row of "
+        f"{', '.join(section.__name__ for section in ON_CUDA)} is begun (default: on a GPU 285)")
     args = parser.parse_args(argv)
     for name in args.sections:
         if name not in SECTIONS:
             parser.error(f"{name}: some of {', '.join(SECTIONS)} expected")
     device = mss.pick_device(args.device)
-    if not args.train and device.type == "cpu":
-        args.train = "--batch-size 1"
+    cuda = device.type == "cuda"
+    defaults = dict(
+        train="" if cuda else "--batch-size 1", seconds=4.0 if cuda else 20.0,
+        workers=min(14, os.cpu_count() or 1) if cuda else 1, limit=285.0 if cuda else math.inf)
+    for name, value in defaults.items():
+        if getattr(args, name) in (None, ""):
+            setattr(args, name, value)
+    args.end = time.monotonic() + args.limit
 
     mss.keep_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}", end="")
@@ -426,8 +717,8 @@ def main(argv=None):
         if not args.musdb:
             args.musdb = stack.enter_context(tempfile.TemporaryDirectory())
             train.synthetic_musdb(args.musdb)
-        for name in args.sections or SECTIONS:
-            SECTIONS[name](args)
+        for section in [SECTIONS[name] for name in args.sections] or (ON_CUDA if cuda else ON_CPU):
+            section(args)
     return 0
 
 if __name__ == "__main__":
