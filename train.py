@@ -223,7 +223,8 @@ def train(args, run, model, average, optimizer, segments, held_out):
     `average` is the model that is validated and kept: `model` itself without --ema.
     """
     network = network_of(model, args)
-    batches = Timed(remixed(loader(segments, args, run.step), args, run.step))
+    device = next(model.parameters()).device
+    batches = Timed(remixed(loader(segments, args, run.step), args, run.step, device))
     log = Log(args, run)
     caught = catch_signals()
     clock = time.perf_counter
@@ -846,14 +847,16 @@ def loader(segments, args, first_step):
             print(f"notice: starting the loader anew: {mss.one_line(error)}", file=sys.stderr)
             end_workers()
 
-def remixed(batches, args, first_step):
-    """Let each batch serve args.echo parts of steps, with its sources mixed anew each time.
+def remixed(batches, args, first_step, device="cpu"):
+    """Let each batch serve args.echo parts of steps, with its sources mixed anew, on the device.
 
     Where reading takes longer than learning that is almost as good as new batches (Choi et al.
     2019, Faster neural network training with data echoing).
     """
     part = first_step * args.accumulate
     for mixture, targets in batches:
+        mixture = mixture.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
         rest = mixture - targets.sum(1)                               # (B, C, L)
         sources = [*targets.unbind(1), rest]
         for part in range(part, part + args.echo - part % args.echo):
