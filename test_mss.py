@@ -235,6 +235,17 @@ def test_stft_is_the_textbooks():
     assert X.shape == (2, 101, 1025)
     np.testing.assert_allclose(X, np.fft.rfft(frames * hann), atol=2e-4)
 
+def test_spectrograms_of_inference_can_be_followed_by_gradients():
+    """Windows are made once for both."""
+    mss.hann_window.cache_clear()
+    with torch.inference_mode():
+        mss.istft(mss.stft(noise(1, 5000)), 5000)
+    x = noise(1, 5000).requires_grad_()
+
+    mss.istft(mss.stft(x), 5000).square().sum().backward()
+
+    assert torch.allclose(x.grad, 2 * x, rtol=0, atol=1e-5)
+
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 441, 1023, 1024, 1025, 1027, 44101])
 def test_istft_inverts_stft(length):
     x = noise(1, 2, length)
@@ -767,6 +778,27 @@ def test_rounding_errors_stay_small_in_pm_unet():
 
     assert mss.sdr(y, almost_y) > 70
 
+@pytest.mark.parametrize("name", ("UNetDecouple+", "ResUNetDecouple+-subband"))
+def test_convolutions_get_channels_last(name):
+    """And so copy nothing. Not the first ones, whose input is narrow; frames are padded."""
+    _, model = small(name, width=4)
+    model = model.to(memory_format=torch.channels_last)
+    others = []
+
+    def look(module, inputs, output):
+        x, = inputs
+        if x.shape[1] > 2 and not x.is_contiguous(memory_format=torch.channels_last):
+            others.append(module)
+
+    first = [module for module in model.modules() if isinstance(module, mss.ResBlock)][:1]
+    first = [module for block in first for module in block.modules()]
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module not in first:
+            module.register_forward_hook(look)
+    model(noise(2, 2, 9000))
+
+    assert not others
+
 # ---- Whole tracks -------------------------------------------------------------------------------
 
 class Identity(mss.Model):
@@ -878,6 +910,31 @@ def test_windows_at_once_change_nothing():
     together = mss.separate_track(model, x, 1500, 200, batch_size=3)
 
     assert mss.sdr(alone, together) > 90                              # rounding: 110 and more
+
+@pytest.mark.parametrize("device, gigabytes, count", [
+    ("cpu", 99, 1), ("cuda", 2, 1), ("cuda", 7, 2), ("cuda", 23, 7), ("cuda", 79, 8)])
+def test_as_many_windows_at_once_as_fit(device, gigabytes, count, monkeypatch):
+    """What torch keeps is free as well."""
+    kept = {"memory_reserved": 2, "memory_allocated": 1}
+    for name, value in kept.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value << 30)
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (gigabytes - 1 << 30, 80 << 30))
+
+    assert mss.windows_at_once(torch.device(device)) == count
+
+def test_by_default_a_device_is_filled(monkeypatch):
+    monkeypatch.setattr(mss, "windows_at_once", lambda device: 3)
+    sizes = []
+
+    class Counting(Identity):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x)
+
+    mss.separate_track(Counting(), noise(2, 12_000), 2000, 200)
+
+    assert sizes[0] == 3
 
 def test_short_windows_change_little():
     """The network's field of view exceeds what two of them share."""
@@ -3691,6 +3748,14 @@ def test_an_average_soon_forgets_the_first_weights(step, share):
     assert average.weight.item() == pytest.approx(share)
     assert average.running_mean.item() == pytest.approx(share)
 
+def test_an_average_stays_where_nothing_was_learned():
+    average = [noise(5, seed=1)]
+    before = average[0].clone()
+
+    train.update_average(average, [noise(5, seed=2)], 3, 0.9, torch.tensor(False))
+
+    assert torch.equal(average[0], before)
+
 @pytest.fixture(scope="session")
 def averaged(songs, tmp_path_factory):
     """OUT of a single step with averaged weights."""
@@ -3750,11 +3815,11 @@ def test_a_gradient_is_clipped_to_the_norm_given():
     assert norm > 2e-3
     assert gradient.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
-@pytest.fixture
-def learner():
+@pytest.fixture(params=("amsgrad", "radam"))
+def learner(request):
     """A small network, its optimizer, and args for train_step."""
     _, network = small()
-    args = parsed("--model", "UNetDecouple+", "--batch-size", "1")
+    args = parsed("--model", "UNetDecouple+", "--batch-size", "1", "--optimizer", request.param)
     return network, train.optimizer_of(network, args), args
 
 def step_once(learner, mixture=noise(1, 2, 3000, seed=1)):
@@ -3832,6 +3897,16 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(songs, tmp_path, monk
     for value in [*last["model"].values(), *last["raw"].values()]:
         assert torch.isfinite(value).all()
 
+def test_steps_read_late_are_skipped_and_counted_too(songs, tmp_path, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setitem(train.AHEAD, "cpu", 1)
+    spoil(monkeypatch, steps=(3, 4))
+
+    train_well(*quick(songs, tmp_path, ema=0.9))
+
+    assert column(tmp_path, "skipped") == [0, 2, 2, 2]
+    assert content(tmp_path / "last.pt")["skipped"] == 2
+
 def figures(loss, norm=1.0, flags=(0, 0, 0)):
     """What train_step gives."""
     return torch.tensor(loss), torch.tensor(norm), torch.tensor(flags, dtype=torch.float)
@@ -3877,6 +3952,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(songs, trained, tmp_path):
 
     assert content(tmp_path / "last.pt")["step"] == 8
     assert equal(weights(tmp_path / "last.pt"), weights(trained / "last.pt"))
+
+def test_to_read_steps_late_changes_nothing(songs, trained, tmp_path, monkeypatch):
+    """As on a GPU, which goes on meanwhile; interrupted, too."""
+    monkeypatch.setitem(train.AHEAD, "cpu", 1)
+
+    train_well(*flags(songs, tmp_path, steps=4))
+    train_well(*flags(songs, tmp_path))
+
+    assert equal(weights(tmp_path / "last.pt"), weights(trained / "last.pt"))
+    for name in ("loss", "grad_norm", "skipped"):
+        assert column(tmp_path, name) == column(trained, name)
+
+def test_flags_read_late_end_a_run_a_step_later(songs, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.AHEAD, "cpu", 1)
+
+    stdout = train_well(*quick(songs, tmp_path, hours=1e-9))
+
+    assert "out of --hours at step 2" in stdout
+    assert content(tmp_path / "last.pt")["step"] == 2
 
 def test_a_run_that_is_done_stays_as_it_is(songs, eight):
     before = (eight / "last.pt").read_bytes()
