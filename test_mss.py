@@ -6990,10 +6990,13 @@ def benchmark():
 
 @pytest.fixture
 def benchmark_args(songs, checkpoint):
-    return types.SimpleNamespace(
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, cublas.allow_tf32
+    yield types.SimpleNamespace(
         model=str(checkpoint), device="cpu", bf16=False, song=1.0, seconds=1.0, musdb=str(songs),
         workers=0, end=math.inf,
         train="--model UNetDecouple+ --width 2 --batch-size 1 --segment 0.2")
+    cudnn.benchmark, cudnn.allow_tf32, cublas.allow_tf32 = before
 
 @pytest.fixture
 def ticking(benchmark, monkeypatch):
@@ -7103,6 +7106,150 @@ def test_overlaps_are_compared_with_the_whole(benchmark, benchmark_args, tmp_pat
     assert all(0 < float(ratio) < 200 for _, *ratios, _ in cells for ratio in ratios)
     work = [float(more.strip(" %")) for *_, more in cells]
     assert work == sorted(work)
+
+# Its tables for a GPU, on the CPU.
+
+@pytest.fixture
+def known_rates(benchmark, monkeypatch):
+    """Matrix products twice as fast as convolutions: 2 and 1 GFLOP/s."""
+    monkeypatch.setattr(benchmark, "convolution_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda device, dtype: 2e9)
+
+def test_each_rate_is_measured_once_for_each_precision(benchmark, benchmark_args, capsys):
+    measured = []
+
+    def what(device, dtype):
+        measured.append(dtype)
+        return 3e12
+
+    benchmark.RATES, before = {"of all": (what, 1e12)}, benchmark.RATES
+    for _ in range(2):
+        benchmark.rates(benchmark_args)
+    benchmark.RATES = before
+
+    assert capsys.readouterr().out.count("| of all | 3.0 | 3.0 | 3.0 |") == 2
+    assert measured == [torch.float32, torch.float32, torch.bfloat16]
+
+def test_products_and_copies_have_rates(benchmark, benchmark_args):
+    device = torch.device("cpu")
+
+    assert benchmark.matmul_rate(device, torch.float32) > 0
+    assert benchmark.copy_rate(device, torch.bfloat16) > 0
+
+@pytest.mark.parametrize("name", ("bfloat16", "bfloat16, songs", "TF32", "float32",
+                                  "bfloat16, --checkpoint-blocks"))
+def test_steps_are_measured(benchmark, benchmark_args, known_rates, ticking, name):
+    benchmark_args.train += " --batch-size 2"
+
+    cells = benchmark.measure_steps(benchmark_args, benchmark.STEPS[name])
+
+    per_second, segments, tera, of_a_convolution, of_a_product, wait, _, hours = cells
+    assert float(segments) == pytest.approx(2 * float(per_second), abs=0.1)
+    assert float(hours.split()[0].replace(",", "")) == pytest.approx(
+        300_000 * 8 / 3600 / float(per_second), rel=0.05)
+    assert float(tera) > 0
+    assert wait.endswith("%") == ("songs" in name)
+
+def test_the_flop_of_a_step_are_those_of_its_batch(benchmark, benchmark_args):
+    one = benchmark.Steps(benchmark_args, benchmark.BASE).flops
+    benchmark_args.train += " --batch-size 4 --accumulate 2"
+    four = benchmark.Steps(benchmark_args, benchmark.BASE).flops
+
+    assert four == 4 * one
+
+def test_what_was_read_ahead_is_not_counted_as_speed(benchmark, benchmark_args, ticking):
+    steps = benchmark.Steps(benchmark_args, benchmark.BASE)
+    steps.options.workers = 3
+    taken = []
+    steps.step = lambda: taken.append("step")
+    steps.batches = train.Timed(taken.append("ahead") for _ in itertools.count())
+
+    seconds, _ = steps.time(at_least=0.5)
+
+    # Each step, and all that are timed, take 1/8 s by that clock: 4 of them are meant to.
+    assert taken == ["step"] + 6 * ["ahead"] + 4 * ["step"]
+    assert seconds == 1 / 8 / 4
+
+def test_windows_at_once_are_measured(
+        benchmark, benchmark_args, known_rates, ticking, monkeypatch):
+    config, model = small()
+    model.blocks = 20 * model.stride, 4 * model.stride                # starts 16 apart
+    monkeypatch.setattr(benchmark, "network", lambda name, device: model)
+    monkeypatch.setattr(benchmark, "SIZES", (1, 2))
+    monkeypatch.setattr(benchmark, "count_flops", lambda work: 50e6)
+
+    cells = benchmark.measure_windows(benchmark_args, "small", "bfloat16", (1, 2))
+
+    # Two windows and the last one, 150 MFLOP in all, in 1/8 s.
+    seconds = (2 * 16 + 20) * model.stride / config.sample_rate
+    one, two, factor, tera, of_a_convolution, of_a_product = cells
+    assert int(one.split(";")[0]) == int(two.split(";")[0]) == round(125 * 60 / seconds)
+    assert float(factor) == pytest.approx(0.125 / seconds, abs=1e-5)
+    assert float(tera) == 0.0012
+    assert (of_a_convolution, of_a_product) == ("120%", "60%")
+
+def test_parts_of_the_devices_time(benchmark):
+    x = noise(1, 8, 200, 200)
+    convolution = torch.nn.Conv2d(8, 32, 5)
+
+    _, busy, convolutions, norms, stft, copies = benchmark.profiled(
+        lambda: convolution(x), torch.device("cpu"))
+
+    assert float(busy) > 0
+    assert 50 < float(convolutions.strip("%")) <= 100
+    assert norms == stft == copies == "0.0%"
+
+def test_the_time_of_networks_and_steps_is_divided_up(benchmark, benchmark_args, capsys):
+    benchmark.profiles(benchmark_args)
+
+    rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[-2:]]
+    for _, _, *parts in rows:
+        shares = [float(part.strip(" %")) for part in parts]
+        assert all(share > 0 for share in shares[:-1]) and sum(shares) < 100
+
+def test_a_row_that_fails_says_why(benchmark, benchmark_args):
+    def measure(args, number):
+        raise torch.OutOfMemoryError(f"CUDA out of memory.\nTried | {number} GiB")
+
+    cells = benchmark.attempt(benchmark_args, 0, measure, 7)
+
+    assert cells == ("failed: OutOfMemoryError: CUDA out of memory. Tried / 7 GiB",)
+
+def test_a_row_that_would_end_too_late_is_not_begun(benchmark, benchmark_args, capsys):
+    benchmark_args.end = time.monotonic() + 10
+
+    assert benchmark.attempt(benchmark_args, 60, pytest.fail) == (
+        "not measured: out of --limit",)
+    assert benchmark.attempt(benchmark_args, 1, lambda args: ("fast",)) == ("fast",)
+
+def test_tables_for_a_gpu_are_printed(benchmark, benchmark_args, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "attempt", lambda *arguments: ("cell",))
+    benchmark_args.model = None
+
+    for section in benchmark.ON_CUDA:
+        section(benchmark_args)
+
+    printed = capsys.readouterr().out
+    assert printed.count("### ") == 6
+    rows = 3 + len(benchmark.STEPS) + 4 * 3 + 5 + 3
+    assert len(re.findall(r"^\| \S.* \| cell ", printed, re.MULTILINE)) == rows
+
+@pytest.mark.parametrize("device, tables", (("cpu", "ON_CPU"), ("cuda:0", "ON_CUDA")))
+def test_a_gpu_has_tables_of_its_own(benchmark, songs, monkeypatch, capsys, device, tables):
+    measured = []
+    for name in ("ON_CPU", "ON_CUDA"):
+        def section(args, name=name):
+            measured.append((name, args))
+
+        monkeypatch.setattr(benchmark, name, (section,))
+    monkeypatch.setattr(mss, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+
+    benchmark.main(["--musdb", str(songs)])
+
+    (name, args), = measured
+    assert name == tables
+    assert (args.train == "") == (args.limit < 300) == (device == "cuda:0")
 
 # ---- What the project promises its readers ------------------------------------------------------
 

@@ -194,20 +194,20 @@ def random_network(name, device):
         model = mss.MODELS[config.model](config)
     return model.to(device, memory_format=torch.channels_last).eval()
 
-# ---- Separation ---------------------------------------------------------------------------------
+def network(name, device):
+    """Of NAMED with random weights, or a checkpoint's, ready for inference."""
+    if name in NAMED:
+        return mss.fold_batch_norms(random_network(name, device))
+    return mss.load_models([name], device)
 
-def model_to_measure(args, device):
-    """The checkpoint of -m, or the paper's network with random weights."""
-    if args.model:
-        return mss.load_models([args.model], device)
-    return mss.fold_batch_norms(random_network("paper", device))
+# ---- Separation ---------------------------------------------------------------------------------
 
 def measure_separation(args, precision):
     """Separate noise -> a row: the convolution is timed between the blocks."""
     mss.keep_memory()
     device = mss.pick_device(args.device)
     bf16 = precision == "bfloat16"
-    model = model_to_measure(args, device)
+    model = network(args.model or "paper", device)
     config = model.config
     noise = 0.1 * torch.randn(config.channels, round(args.song * config.sample_rate))
     mss.separate_track(model, noise[:, :mss.SEGMENT], bf16=bf16)      # the first one is slower
@@ -313,8 +313,18 @@ class Steps:
 
         count = max(2, math.ceil(at_least / one))
         self.batches.seconds = 0.0
-        seconds = seconds_of(lambda: [self.step() for _ in range(count)], self.device)
+        seconds = seconds_of(lambda: self.run(count), self.device)
         return seconds / count, self.batches.seconds / seconds
+
+    def run(self, count):
+        """Steps, of which a GPU has two at most ahead of it, as in train.train."""
+        ends = []
+        for i in range(count):
+            self.step()
+            if self.device.type == "cuda":
+                ends.append(torch.cuda.Event())
+                ends[i].record()
+                ends[max(i - 1, 0)].synchronize()
 
 def paper_hours(options, seconds):
     """The hours of the paper's steps and batches, a step of `options` taking so many seconds."""
@@ -547,12 +557,6 @@ SIZES = (1, 2, 4, 8, 16, 32)                                          # windows 
 USUAL = 8
 NETWORKS = ("paper", "paper-fast", "paper-small", "bundled")
 
-def network(name, device):
-    """Of NAMED with random weights, or a checkpoint's, ready for inference."""
-    if name in NAMED:
-        return mss.fold_batch_norms(random_network(name, device))
-    return mss.load_models([name], device)
-
 def noise_for(model, windows):
     """(C, L) that becomes so many windows, and a last one, which always goes by itself."""
     segment, overlap = model.blocks
@@ -664,13 +668,13 @@ def profiles(args):
 
 def compiled(args):
     """What takes long: torch.compile; and, for separation, to try out convolutions."""
-    steps(args, COMPILED, needed=110)
+    steps(args, COMPILED, needed=100)
     name = networks(args)[0]
     windows_heading("", [USUAL])
     row(f"{name}, bfloat16, tuned", *attempt(
-        args, 20, measure_windows, name, "bfloat16", [USUAL], True))
+        args, 15, measure_windows, name, "bfloat16", [USUAL], True))
     row(f"{name}, bfloat16, compiled", *attempt(
-        args, 60, measure_windows, name, "bfloat16", [USUAL], False, True))
+        args, 50, measure_windows, name, "bfloat16", [USUAL], False, True))
 
 # ---- The command --------------------------------------------------------------------------------
 
@@ -688,14 +692,15 @@ def main(argv=None):
         f"windows, profiles (default: {', '.join(NETWORKS)})")
     add("--song", type=float, default=60.0, metavar="S", help="seconds of noise (%(default)s)")
     add("--seconds", type=float, metavar="S", help="time for each row of training and steps, and "
-        "four of the loader's (default: 20, on a GPU 4)")
+        "four of the loader's (default: 20, on a GPU 3)")
     add("--musdb", help="songs (default: built-in ones)")
     add("--train", default="", metavar="FLAGS",
         help="train.py's, as one word; default: --batch-size 1 on a CPU, the paper's on a GPU")
     add("--workers", type=int,
         help="processes that read songs (default: 1, on a GPU one for each core, up to 14)")
-    add("--limit", type=float, metavar="S", help="after that long no row of "
-        f"{', '.join(section.__name__ for section in ON_CUDA)} is begun (default: on a GPU 285)")
+    add("--limit", type=float, metavar="S", help="begin no row of "
+        f"{', '.join(section.__name__ for section in ON_CUDA)} that may end later (default: none, "
+        "on a GPU 270)")
     args = parser.parse_args(argv)
     for name in args.sections:
         if name not in SECTIONS:
@@ -703,12 +708,13 @@ def main(argv=None):
     device = mss.pick_device(args.device)
     cuda = device.type == "cuda"
     defaults = dict(
-        train="" if cuda else "--batch-size 1", seconds=4.0 if cuda else 20.0,
-        workers=min(14, os.cpu_count() or 1) if cuda else 1, limit=285.0 if cuda else math.inf)
+        train="" if cuda else "--batch-size 1", seconds=3.0 if cuda else 20.0,
+        workers=min(14, os.cpu_count() or 1) if cuda else 1, limit=270.0 if cuda else math.inf)
     for name, value in defaults.items():
         if getattr(args, name) in (None, ""):
             setattr(args, name, value)
-    args.end = time.monotonic() + args.limit
+    start = time.monotonic()
+    args.end = start + args.limit
 
     mss.keep_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}", end="")
@@ -719,6 +725,7 @@ def main(argv=None):
             train.synthetic_musdb(args.musdb)
         for section in [SECTIONS[name] for name in args.sections] or (ON_CUDA if cuda else ON_CPU):
             section(args)
+    print(f"\n{time.monotonic() - start:.0f} s in all")
     return 0
 
 if __name__ == "__main__":
