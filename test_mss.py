@@ -7111,21 +7111,20 @@ def test_overlaps_are_compared_with_the_whole(benchmark, benchmark_args, tmp_pat
 
 @pytest.fixture
 def known_rates(benchmark, monkeypatch):
-    """Matrix products twice as fast as convolutions: 2 and 1 GFLOP/s."""
-    monkeypatch.setattr(benchmark, "convolution_rate", lambda device, dtype: 1e9)
-    monkeypatch.setattr(benchmark, "matmul_rate", lambda device, dtype: 2e9)
+    """Matrix products are twice as fast as the convolutions of `ticking`."""
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda device, dtype: 2e12)
 
-def test_each_rate_is_measured_once_for_each_precision(benchmark, benchmark_args, capsys):
+def test_each_rate_is_measured_once_for_each_precision(
+        benchmark, benchmark_args, monkeypatch, capsys):
     measured = []
 
     def what(device, dtype):
         measured.append(dtype)
         return 3e12
 
-    benchmark.RATES, before = {"of all": (what, 1e12)}, benchmark.RATES
+    monkeypatch.setattr(benchmark, "RATES", {"of all": (what, 1e12)})
     for _ in range(2):
         benchmark.rates(benchmark_args)
-    benchmark.RATES = before
 
     assert capsys.readouterr().out.count("| of all | 3.0 | 3.0 | 3.0 |") == 2
     assert measured == [torch.float32, torch.float32, torch.bfloat16]
@@ -7176,16 +7175,16 @@ def test_windows_at_once_are_measured(
     model.blocks = 20 * model.stride, 4 * model.stride                # starts 16 apart
     monkeypatch.setattr(benchmark, "network", lambda name, device: model)
     monkeypatch.setattr(benchmark, "SIZES", (1, 2))
-    monkeypatch.setattr(benchmark, "count_flops", lambda work: 50e6)
+    monkeypatch.setattr(benchmark, "count_flops", lambda work: 50e9)
 
     cells = benchmark.measure_windows(benchmark_args, "small", "bfloat16", (1, 2))
 
-    # Two windows and the last one, 150 MFLOP in all, in 1/8 s.
+    # Two windows and the last one, 150 GFLOP in all, in 1/8 s.
     seconds = (2 * 16 + 20) * model.stride / config.sample_rate
     one, two, factor, tera, of_a_convolution, of_a_product = cells
     assert int(one.split(";")[0]) == int(two.split(";")[0]) == round(125 * 60 / seconds)
     assert float(factor) == pytest.approx(0.125 / seconds, abs=1e-5)
-    assert float(tera) == 0.0012
+    assert float(tera) == 1.2
     assert (of_a_convolution, of_a_product) == ("120%", "60%")
 
 def test_parts_of_the_devices_time(benchmark):
