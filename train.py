@@ -864,7 +864,9 @@ def remixed(batches, args, first_step, device="cpu"):
                 yield mixture, targets
                 continue
             rng = np.random.default_rng((args.seed, part, RANK))
-            mixed = [source[rng.permutation(len(source))] for source in sources]
+            orders = [torch.from_numpy(rng.permutation(len(source))) for source in sources]
+            mixed = [source[order.to(device, non_blocking=True)]
+                     for source, order in zip(sources, orders)]
             yield sum(mixed), torch.stack(mixed[:-1], dim=1)
         part += 1
 
