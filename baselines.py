@@ -256,7 +256,9 @@ class DPRNN(nn.Module):
 # ---- PM-Unet ------------------------------------------------------------------------------------
 
 def activate(x):
-    return F.gelu(F.instance_norm(x))
+    # As instance_norm, but that leaves channels_last, and its gradients are wrong if a batch of
+    # one has that layout.
+    return F.gelu(F.group_norm(x, x.shape[1]))
 
 class Inception(nn.Module):
     """(B, i, T, F) -> (B, 3 o, T, F): convolutions of three sizes, side by side."""

@@ -778,7 +778,7 @@ def test_rounding_errors_stay_small_in_pm_unet():
 
     assert mss.sdr(y, almost_y) > 70
 
-@pytest.mark.parametrize("name", ("UNetDecouple+", "ResUNetDecouple+-subband"))
+@pytest.mark.parametrize("name", ("UNetDecouple+", "ResUNetDecouple+-subband", "PM-Unet-conv"))
 def test_convolutions_get_channels_last(name):
     """And so copy nothing. Not the first ones, whose input is narrow; frames are padded."""
     _, model = small(name, width=4)
@@ -798,6 +798,20 @@ def test_convolutions_get_channels_last(name):
     model(noise(2, 2, 9000))
 
     assert not others
+
+@pytest.mark.parametrize("name", ("ResUNetDecouple+", "PM-Unet", "MobileNet-subband"))
+def test_the_layout_changes_no_gradient(name):
+    """Of a batch of one, too."""
+    _, model = small(name)
+    model.double()
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout).zero_grad()
+        model(noise(1, 2, 9000).double()).square().mean().backward()
+        gradients.append(torch.cat([value.grad.flatten() for value in model.parameters()]))
+
+    one, other = gradients
+    assert (one - other).norm() < 1e-9 * one.norm()
 
 # ---- Whole tracks -------------------------------------------------------------------------------
 

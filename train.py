@@ -142,8 +142,8 @@ class Run:
 def train_step(network, optimizer, batches, args, flags=()):
     """Learn from the next batch -> (loss, the gradient's norm before clipping, flags).
 
-    They are tensors on the network's device: (), (), and one of all flags. Whoever reads them waits
-    for the device, which has idled by the time that it gets more work; the step doesn't.
+    They are tensors on the network's device: (), (), and one of all flags. The step doesn't wait
+    until a GPU has computed them; whoever reads them does.
 
     Loss and norm are means over all processes, each flag is the sum of theirs. If loss or norm
     isn't finite no process learns: weights and batch norm's statistics stay.
@@ -170,7 +170,7 @@ def train_step(network, optimizer, batches, args, flags=()):
     loss, norm, flags = agree(loss, norm, flags)
     failed = ~are_finite(loss, norm)
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = failed.float()                          # if 1, then step does nothing
+        optimizer.found_inf = failed.float()                          # 1: step changes nothing
         optimizer.step()
     elif not failed:                                                  # waits for the device
         optimizer.step()
@@ -864,7 +864,9 @@ def remixed(batches, args, first_step, device="cpu"):
                 yield mixture, targets
                 continue
             rng = np.random.default_rng((args.seed, part, RANK))
-            mixed = [source[rng.permutation(len(source))] for source in sources]
+            orders = [torch.from_numpy(rng.permutation(len(source))) for source in sources]
+            mixed = [source[order.to(device, non_blocking=True)]
+                     for source, order in zip(sources, orders)]
             yield sum(mixed), torch.stack(mixed[:-1], dim=1)
         part += 1
 
