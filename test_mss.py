@@ -5632,12 +5632,6 @@ def test_an_excerpt_in_short_segments(checkpoint, song):
     mixture = mixture[:, RATE // 4:RATE * 3 // 4]
     assert torch.allclose(sum(stems(folder)), mixture, rtol=0, atol=1e-6)
 
-def test_seconds_of_the_command_are_samples_of_the_models():
-    args = separate.parse(["song.wav", "--segment", "2", "--overlap", "0.5"])
-
-    assert (args.options.segment, args.options.overlap) == (2 * RATE, RATE // 2)
-    assert separate.parse(["song.wav"]).options == separate.Options()
-
 def test_an_excerpt_after_the_end_is_refused(checkpoint, song):
     fails(separate.main, song, "-m", checkpoint, "--start", 1, saying=("song.wav", "--start"))
 
