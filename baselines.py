@@ -398,20 +398,18 @@ class PMUnetConv(PMUnet):
 # ---- Open-Unmix ---------------------------------------------------------------------------------
 
 class OpenUnmixTarget(nn.Module):
-    """|X| (B, C, T, F) -> the mask of one source (B, C, T, F), 0 or more: a BLSTM of three layers.
-
-    It reads the bins up to 16 kHz of 44.1. The parameters have their published names.
-    """
+    """|X| (B, C, T, F) -> one source's mask (B, C, T, F), 0 or more: a BLSTM of three layers."""
 
     def __init__(self, channels, bins, width):
         super().__init__()
-        self.bins_read = int(16000 / 22050 * (bins - 1)) + 1          # 1487 of 2049
+        self.bins_read = int(16000 / 22050 * (bins - 1)) + 1          # to 16 kHz: 1487 of 2049
+
+        # Named as in the published files.
         self.input_mean = nn.Parameter(torch.zeros(self.bins_read))   # with a minus sign
         self.input_scale = nn.Parameter(torch.ones(self.bins_read))
         self.fc1 = nn.Linear(channels * self.bins_read, width, bias=False)
         self.bn1 = nn.BatchNorm1d(width)
-        self.lstm = nn.LSTM(
-            width, width // 2, 3, batch_first=True, dropout=0.4, bidirectional=True)
+        self.lstm = nn.LSTM(width, width // 2, 3, batch_first=True, dropout=0.4, bidirectional=True)
         self.fc2 = nn.Linear(2 * width, width, bias=False)
         self.bn2 = nn.BatchNorm1d(width)
         self.fc3 = nn.Linear(width, channels * bins, bias=False)
@@ -436,44 +434,41 @@ def wiener(X, Y, epsilon=1e-10):
 
     A source is a power for each bin times a covariance of the channels for each frequency.
     """
-    scale = (X.abs().amax((1, 2, 3), keepdim=True) / 10).clamp(min=1)
-    X, Y = X / scale, Y / scale[:, None]
     power = Y.abs().square().mean(2)                                  # (B, S, T, F)
+
+    # Louder mixtures have larger epsilons: as if they were scaled to a highest magnitude of 10.
+    scale = (X.abs().amax((1, 2, 3)) / 10).clamp(min=1)[:, None, None, None, None]
     R = torch.einsum("bsctf,bsdtf->bsfcd", Y, Y.conj())
-    R = R / (epsilon + power.sum(2))[..., None, None]                 # (B, S, F, C, C)
+    R = R / (scale ** 2 * epsilon + power.sum(2)[..., None, None])    # (B, S, F, C, C)
 
     # Y = power R (the sum of all power R)^-1 X
     covariance = torch.einsum("bstf,bsfcd->btfcd", power.to(R.dtype), R)
-    covariance = covariance + math.sqrt(epsilon) * torch.eye(X.shape[1], device=X.device)
-    x = torch.linalg.solve(covariance, X.permute(0, 2, 3, 1))         # (B, T, F, C)
-    Y = power[:, :, None] * torch.einsum("bsfcd,btfd->bsctf", R, x)
-    return Y * scale[:, None]
+    ridge = scale ** 2 * math.sqrt(epsilon) * torch.eye(X.shape[1], device=X.device)
+    x = torch.linalg.solve(covariance + ridge, X.permute(0, 2, 3, 1))  # (B, T, F, C)
+    return power[:, :, None] * torch.einsum("bsfcd,btfd->bsctf", R, x)
 
 class OpenUnmix(nn.Module):
     """(B, C, T, F) -> (B, S, C, T, F): Stoeter et al. 2019, a network for each source.
 
-    Where the sources make up the mixture a Wiener filter follows, for every 300 frames by
-    themselves; not in training, where each network learns its source's magnitudes.
+    Where the sources make up the mixture a Wiener filter follows, but not in training.
     """
-    STRIDE = 300                                                      # frames
+    STRIDE = 300                                                      # frames: filtered at a time
 
     def __init__(self, channels, bins, sources, width, residual=None):
         super().__init__()
         self.residual = None
         self.filtered = residual is not None
-        self.networks = nn.ModuleList()
-        for _ in range(sources):
-            self.networks.append(OpenUnmixTarget(channels, bins, width))
+        self.networks = nn.ModuleList(
+            OpenUnmixTarget(channels, bins, width) for _ in range(sources))
 
     def forward(self, X):
         magnitude = X.abs()
         masks = [network(magnitude) for network in self.networks]
         Y = torch.stack(masks, dim=1) * X[:, None]                    # (B, S, C, T, F)
-        if self.training or not self.filtered:
-            return Y
-        for start in range(0, X.shape[2], self.STRIDE):
-            t = slice(start, start + self.STRIDE)
-            Y[:, :, :, t] = wiener(X[:, :, t], Y[:, :, :, t])
+        if self.filtered and not self.training:
+            for start in range(0, X.shape[2], self.STRIDE):
+                t = slice(start, start + self.STRIDE)
+                Y[:, :, :, t] = wiener(X[:, :, t], Y[:, :, :, t])
         return Y
 
 # ---- MobileNet ----------------------------------------------------------------------------------

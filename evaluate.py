@@ -782,7 +782,7 @@ def identity_of(args, device):
     files = [path for name in args.model for path in mss.checkpoint_paths(name)]
     modules = (mss, baselines, separate, sys.modules[__name__])
     files += [Path(module.__file__) for module in modules]
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    hashes = [mss.hash_of(path) for path in files]
     return (hashes, args.oracle, args.bf16, args.full, device.type, args.report, args.out)
 
 def evaluate_track(args, model, track):

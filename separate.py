@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -282,13 +283,18 @@ def clean(out, folders):
         mss.remove_partials(folder)
 
 def list_models():
+    """Print the names of weights, the best of vocals first, and what is known about them."""
+    told = {"default": "paper-small if it is here or can be downloaded now, else bundled"}
     for name, published in mss.PUBLISHED.items():
         sdr = ", ".join(f"{target} {value} dB" for target, value in published.sdr.items())
-        print(f"{name}: {sdr} (SDR, museval, MUSDB18 test, by {published.said_by}); "
-              f"{published.size}; {published.licence} (Zenodo {published.record})")
+        told[name] = (f"{sdr} by {published.said_by}; {published.size}; {published.licence} "
+                      f"(Zenodo {published.record})")
     card = mss.load_checkpoint(checkpoint_path("bundled"))[2]
-    print(f"bundled: {card['about']}; {card['licence']}")
-    print("default: paper-small if it is here or can be downloaded now, else bundled")
+    told["bundled"] = f"{card['about']}; {card['licence']}"
+
+    for name, text in told.items():
+        print(textwrap.fill(f"{name}: {text}", 100, subsequent_indent="    "))
+    print("\ndB: SDR (museval) on MUSDB18 test; not measured here")
 
 def build_parser():
     parser = mss.parser(__doc__)
@@ -319,7 +325,8 @@ def build_parser():
     add("--segment", type=float, metavar="S",
         help="seconds at a time (default: the model's, mostly 6.39)")
     add("--overlap", type=float, metavar="S",
-        help="seconds that two share (default: the model's, mostly 0.63)")
+        help="seconds that two share (default: the model's, mostly 0.63, or less where a shorter "
+        "--segment needs it)")
     add("--batch-size", type=int, metavar="N",
         help="segments at once (default: 1 on a CPU, up to 8 on a GPU)")
     return parser
@@ -338,8 +345,13 @@ def check(parser, args):
     if args.batch_size is not None and args.batch_size < 1:
         parser.error("--batch-size from 1 expected")
 
-def samples(seconds):
-    return None if seconds is None else round(seconds * 44100)
+def with_lengths(options, args, model):
+    """The options with the lengths of the model's blocks, as --segment and --overlap say."""
+    rate = model.config.sample_rate
+    given = [None if seconds is None else round(seconds * rate)
+             for seconds in (args.segment, args.overlap)]
+    segment, overlap = mss.block_lengths(model, *given)
+    return dataclasses.replace(options, segment=segment, overlap=overlap)
 
 def parse(argv):
     parser = build_parser()
@@ -348,7 +360,8 @@ def parse(argv):
     # Of `-m MODEL song.wav` -m takes the song, too.
     models, songs = [], []
     for word in args.model:
-        named = word in mss.NAMES or Path(word).suffix in (".pt", ".pth")
+        mistyped = not Path(word).suffix and not os.path.exists(word)
+        named = word in mss.NAMES or Path(word).suffix in (".pt", ".pth") or mistyped
         (models if named or not models else songs).append(word)
     args.model = models or ["default"]
     args.inputs += map(Path, songs)
@@ -356,8 +369,7 @@ def parse(argv):
     check(parser, args)
     args.options = Options(
         ext=args.ext, subtype=args.subtype, clip_mode=args.clip_mode, two_stems=args.two_stems,
-        start=args.start, duration=args.duration, segment=samples(args.segment),
-        overlap=samples(args.overlap), batch_size=args.batch_size, bf16=args.bf16)
+        start=args.start, duration=args.duration, batch_size=args.batch_size, bf16=args.bf16)
     return args
 
 def are_newer(outputs, path):
@@ -431,6 +443,7 @@ def main(argv=None):
         mss.wait_for(store, ["model", "songs"])
         args.model = json.loads(store.get("model"))
     model = mss.load_models(args.model, mss.pick_device(args.device))
+    args.options = with_lengths(args.options, args, model)
     if rank == 0:
         store.set("model", json.dumps(args.model))
         store.set("songs", json.dumps([[str(path) for path in song] for song in found]))

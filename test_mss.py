@@ -34,6 +34,7 @@ import csv
 import dataclasses
 import errno
 import functools
+import gzip
 import hashlib
 import html
 import http.server
@@ -52,6 +53,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 import xml.etree.ElementTree
 import zipfile
@@ -964,6 +966,17 @@ def test_too_short_a_segment_is_refused():
     with pytest.raises(mss.UserError, match="1.5 times --overlap"):
         mss.separate_track(Identity(), noise(2, 6000), segment=400, overlap=268)
 
+@pytest.mark.parametrize("segment, overlap", [
+    (None, 306_176),                            # 62.7 s: Open-Unmix's own
+    (460_000, 306_176),                         # it fits still
+    (459_000, 50_848),                          # a ninth of the segment, as of its own
+    (1, 0),
+])
+def test_a_segment_alone_gets_an_overlap_that_fits(segment, overlap):
+    _, model = small("Open-Unmix", window=4096, hop=1024)
+
+    assert mss.block_lengths(model, segment) == (segment or 2699 * 1024, overlap)
+
 def alive(model, x):
     """The model in eval mode, its batch norms' statistics those of x, so that all of it matters."""
     for norm in batch_norms(model).values():
@@ -1415,6 +1428,47 @@ def test_a_checkpoint_for_an_absent_device_is_the_users_error(checkpoint):
     with pytest.raises(mss.UserError, match="cuda:99: no such device"):
         mss.load_checkpoint(checkpoint, "cuda:99")
 
+def zipped(name, content):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr(name, content)
+    return file.getvalue()
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "an empty file"),
+    (b"\n<!DOCTYPE html><html><body>404</body></html>", "an HTML page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer"),
+    (b'{"status": 404, "message": "gone"}', "a text"),
+    (gzip.compress(bytes(1000)), "a compressed file"),
+    (struct.pack("<Q", 90) + b'{"norm.weight": {"dtype": "F32"}}' + bytes(99), "safetensors"),
+    (zipped("vocals.pth", bytes(1000)), "a zip archive of ['vocals.pth']: unpack it"),
+    (saved({"norm.weight": torch.zeros(3)})[:-20], "cut or damaged"),
+    (saved({"model": Path("x")}), "objects such as 'pathlib."),
+    (saved(torch.zeros(3)), "no weights but one Tensor"),
+    (saved({}), "found nothing"),
+    (saved({"epoch": 3, "model": {"a": torch.zeros(3)}, "config": {}}), "0 of 887 weights"),
+    (saved({"epoch": 3, "weights": {"a": torch.zeros(3)}}), "found ['epoch', 'weights']"),
+], ids=lambda value: value.split(",")[0] if isinstance(value, str) else "")
+def test_what_a_foreign_file_is_is_told(content, words, tmp_path):
+    (tmp_path / "vocals.pth").write_bytes(content)
+
+    with pytest.raises(mss.UserError, match=re.escape(words)):
+        mss.load_checkpoint(tmp_path / "vocals.pth")
+
+@pytest.mark.parametrize("word", ["papr", "Paper-Smal", "UMXHQ"])
+def test_a_mistyped_name_points_to_the_names(word, song):
+    nearest = {"papr": "paper", "Paper-Smal": "paper-small", "UMXHQ": "umxhq"}[word]
+
+    fails(separate.main, "-m", word, song, saying=("--list-models", f"; {nearest} is a name"))
+
+def test_a_second_name_that_is_mistyped_is_no_song(checkpoint, song):
+    fails(separate.main, "-m", checkpoint, "umxq", song, saying=("umxhq is a name",))
+
 def test_an_absent_checkpoint_is_named(tmp_path):
     absent = tmp_path / "absent.pt"
 
@@ -1629,24 +1683,50 @@ def test_a_published_files_name_says_its_target(file_name, target, tmp_path):
 def test_a_published_file_whose_name_says_no_target_is_refused(file_name, tmp_path):
     tiny_file("Open-Unmix", tmp_path / file_name)
 
-    with pytest.raises(mss.UserError, match="tells the target expected, such as vocals.pth"):
+    with pytest.raises(mss.UserError, match="vocals.pth, found (none|vocals and drums) in it"):
         mss.load_checkpoint(tmp_path / file_name)
 
 def test_weights_of_an_unknown_layout_are_refused_with_what_they_are(tmp_path):
     path = tmp_path / "vocals.pth"
     torch.save({"encoder.0.conv.weight": torch.zeros(3), "decoder.bias": torch.zeros(3)}, path)
 
-    with pytest.raises(mss.UserError, match="found encoder.0.conv.weight, decoder.bias"):
+    with pytest.raises(mss.UserError, match="encoder.0.conv.weight, decoder.bias, "):
         mss.load_checkpoint(path)
 
 def test_weights_of_a_known_layout_with_a_strange_key_are_refused(tmp_path):
     path = tmp_path / "vocals.pth"
     tiny_file("Open-Unmix", path)
     weights = torch.load(path)
+    del weights["fc2.weight"]
     torch.save({**weights, "attention.weight": torch.zeros(3)}, path)
 
-    with pytest.raises(mss.UserError, match="damaged or foreign"):
+    with pytest.raises(mss.UserError, match="damaged or foreign.*45 of 46 weights of Open-Unmix "
+                       "found; missing: .*fc2.weight.*; unexpected: .*attention.weight"):
         mss.load_checkpoint(path)
+
+@pytest.mark.parametrize("row", PUBLISHED_ROWS)
+def test_half_of_a_published_file_is_told_from_the_nearest_layout(row, tmp_path):
+    path = tmp_path / "vocals.pth"
+    tiny_file(row, path)
+    content = torch.load(path)
+    weights = content.get("model", content)
+    torch.save(dict(list(weights.items())[len(weights) // 2:]), path)
+
+    with pytest.raises(mss.UserError, match=rf"weights of {re.escape(row)} found; missing: "):
+        mss.load_checkpoint(path)
+
+@pytest.mark.parametrize("wrap", [
+    lambda weights: {"state_dict": weights, "epoch": 7},
+    lambda weights: {f"module.{name}": value for name, value in weights.items()},
+], ids=["within state_dict", "DataParallel"])
+def test_published_weights_that_others_have_saved_again_are_read(wrap, tmp_path):
+    path = tmp_path / "vocals.pth"
+    expected = tiny_file("Open-Unmix", path)
+    torch.save(wrap(torch.load(path)), path)
+
+    _, model, _ = mss.load_checkpoint(path)
+
+    assert equal(model.state_dict(), expected.state_dict())
 
 @dataclasses.dataclass
 class TinyConfig(mss.Config):
@@ -1820,20 +1900,21 @@ def test_the_default_weights_are_small_and_hold_their_card(card):
     assert path.stat().st_size <= 5_000_000
     assert {name: state[name] for name in card} == card
 
-def test_without_a_network_separate_says_why_it_uses_the_bundled_weights(card, song):
+def test_without_a_network_separate_says_why_it_uses_the_bundled_weights(song):
     code, stdout, err = call(separate.main, song, "-o", song.parent)
 
     assert code == 0
     assert len(err.splitlines()) == 1
-    for word in ("-m bundled", "paper-small", "refused", card["about"], "-m paper"):
+    assert len(err.strip()) <= 120
+    for word in ("-m bundled", "paper-small", "refused"):
         assert word in err
     assert "bundled" in stdout
 
-def test_without_a_network_evaluate_says_why_it_uses_the_bundled_weights(card, songs, tmp_path):
+def test_without_a_network_evaluate_says_why_it_uses_the_bundled_weights(songs, tmp_path):
     code, stdout, err = call(evaluate.main, "--musdb", songs, "--results", tmp_path)
 
     assert code == 0
-    for word in ("-m bundled", "paper-small", "refused", card["about"], "-m paper"):
+    for word in ("-m bundled", "paper-small", "refused"):
         assert word in err
     assert "bundled" in stdout
 
@@ -1874,14 +1955,17 @@ def test_models_that_have_names_are_listed(card):
     code, stdout, _ = call(separate.main, "--list-models")
 
     assert code == 0
-    lines = dict(line.split(": ", 1) for line in stdout.splitlines())
-    assert set(lines) == set(mss.NAMES)
+    assert max(map(len, stdout.splitlines())) <= 100
+    paragraphs, metric = stdout.replace("\n    ", " ").strip().split("\n\n")
+    lines = dict(line.split(": ", 1) for line in paragraphs.splitlines())
+    assert tuple(lines) == mss.NAMES
+    assert "SDR (museval)" in metric and "not measured here" in metric
     for name, *words in (
             ("paper-accompaniment", "accompaniment 16.8 dB", "461 MB", "non-commercial", "5513378"),
             ("paper-fast", "vocals 8.7 dB", "414 MB", "CC BY 4.0", "not seen here", "5804160"),
             ("paper-small", "vocals 7.2 dB", "4.6 MB", "CC BY 4.0", "the file's name"),
             ("umxhq", "drums 6.04 dB", "other 4.28 dB", "its authors", "MIT"),
-            ("umxl", "bass 6.02 dB", "CC BY-NC-SA 4.0"),
+            ("umxl", "bass 6.02 dB", "CC BY-NC-SA 4.0", "trained on"),
             ("bundled", "vocadito", card["licence"])):
         for word in words:
             assert word in lines[name]
@@ -1982,6 +2066,27 @@ def test_published_weights_that_are_damaged_are_to_be_deleted(zenodo, song):
     cached.write_bytes(zenodo.content[:9000])
 
     fails(separate.main, song, "-m", "paper", saying=(str(cached), "delete it"))
+
+def test_published_weights_of_wrong_bytes_in_the_cache_are_to_be_deleted(zenodo, song):
+    """Put there by hand, say; files of torch before zips have no checksums of their own."""
+    _, (cached,) = zenodo.publish("paper", zenodo.content)
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(zenodo.content + b"x")
+
+    fails(separate.main, song, "-m", "paper", saying=(str(cached), "sha256", "delete it"))
+
+def test_a_hash_takes_little_memory(tmp_path):
+    path = tmp_path / "large"
+    with open(path, "wb") as file:
+        file.truncate(1 << 26)                                        # 64 MiB of zeros
+
+    tracemalloc.start()
+    found = mss.hash_of(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert found == hashlib.sha256(bytes(1 << 26)).hexdigest()
+    assert peak < 1 << 23
 
 def test_published_weights_are_downloaded_once(zenodo, song):
     _, (cached,) = zenodo.publish("paper", zenodo.content)
@@ -4974,6 +5079,18 @@ def test_a_run_begins_with_the_weights_given(songs, four, tmp_path):
     for ours, theirs in zip(tuned.parameters(), model.parameters()):
         assert (ours - theirs).abs().max() < 1e-5
 
+def test_weights_to_begin_with_are_read_once(songs, four, tmp_path, monkeypatch):
+    read = []
+    load = mss.load_checkpoint
+    monkeypatch.setattr(mss, "load_checkpoint", lambda path, *rest: (
+        read.append(path) or load(path, *rest)))
+
+    code, _, _ = call(train.main, *flags(songs, tmp_path / "out", init=four / "best.pt", steps=1,
+                                         model=None, width=None))
+
+    assert code == 0
+    assert read == [four / "best.pt"]
+
 def test_weights_to_begin_with_bring_their_rate_and_channels(tmp_path):
     config, model = small(window=512, sample_rate=48000, channels=1)
     mss.save_checkpoint(tmp_path / "init.pt", config, model)
@@ -5529,12 +5646,6 @@ def test_an_excerpt_in_short_segments(checkpoint, song):
     mixture = mixture[:, RATE // 4:RATE * 3 // 4]
     assert torch.allclose(sum(stems(folder)), mixture, rtol=0, atol=1e-6)
 
-def test_seconds_of_the_command_are_samples_of_the_models():
-    args = separate.parse(["song.wav", "--segment", "2", "--overlap", "0.5"])
-
-    assert (args.options.segment, args.options.overlap) == (2 * RATE, RATE // 2)
-    assert separate.parse(["song.wav"]).options == separate.Options()
-
 def test_an_excerpt_after_the_end_is_refused(checkpoint, song):
     fails(separate.main, song, "-m", checkpoint, "--start", 1, saying=("song.wav", "--start"))
 
@@ -5556,6 +5667,26 @@ def test_several_checkpoints_at_once_give_what_each_gives(checkpoint, bass_and_d
     (together,) = stems(out / "both" / "song", "vocals.wav")
     assert torch.equal(alone, together)
 
+def test_lengths_of_blocks_that_do_not_fit_are_refused_once_before_the_songs(checkpoint, song):
+    code, _, err = call(separate.main, song, "absent.wav", "-m", checkpoint, "--overlap", "5",
+                        "-o", song.parent)
+
+    assert code == 2
+    (line,) = err.splitlines()
+    assert "--segment" in line and "found 6.39 and 5 s" in line
+
+def test_lengths_of_blocks_are_seconds_at_the_models_rate(tmp_path, song, monkeypatch):
+    config, model = small(sample_rate=22050)
+    mss.save_checkpoint(tmp_path / "slow.pt", config, model)
+    lengths = []
+    whole = mss.separate_blocks
+    monkeypatch.setattr(mss, "separate_blocks", lambda model, blocks, segment, overlap, *rest: (
+        lengths.append((segment, overlap)) or whole(model, blocks, segment, overlap, *rest)))
+
+    separate_song(tmp_path / "slow.pt", song, "--segment", "2", "--overlap", "1")
+
+    assert lengths == [(44100, 22050)]
+
 def test_one_stem_only(checkpoint, song):
     folder, _ = separate_song(checkpoint, song, "--no-two-stems")
 
@@ -5571,14 +5702,20 @@ def test_what_each_of_two_targets_leaves(bass_and_drums, song):
         assert torch.allclose(sum(both), mixture, rtol=0, atol=1e-6)
 
 def test_two_checkpoints_of_one_target_are_refused(checkpoint, song):
-    fails(separate.main, song, "-m", checkpoint, checkpoint,
-          saying=("different targets", "vocals, vocals"))
+    other = shutil.copy(checkpoint, checkpoint.with_name("other.pt"))
+
+    fails(separate.main, song, "-m", checkpoint, other,
+          saying=(f"vocals in {checkpoint} and {other}",))
+
+def test_two_names_of_one_target_are_refused_before_anything_is_downloaded(zenodo, song):
+    fails(separate.main, song, "-m", "umxhq", "paper-small",
+          saying=("vocals in umxhq and paper-small",))
 
 def test_a_command_without_songs_is_refused(checkpoint):
     fails(separate.main, "-m", checkpoint, saying=("FILE",))
 
 @pytest.mark.parametrize("flag", [
-    "--segment=0.9", "--batch-size=0", "--duration=0", "--start=nan"])
+    "--segment=0", "--overlap=6", "--batch-size=0", "--duration=0", "--start=nan"])
 def test_numbers_that_make_no_sense_are_refused(flag, checkpoint, song):
     name, _ = flag.split("=")
 

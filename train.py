@@ -1192,7 +1192,8 @@ def apply_recipe(args):
         raise mss.UserError("--init: a file, or a name such as bundled or paper-small expected; "
                             "default is now this, now that")
     if args.init:
-        args.init_config = mss.load_model(args.init).config
+        args.init_model = mss.load_model(args.init)
+        args.init_config = args.init_model.config
         initial = {name: getattr(args.init_config, name) for name in SIZES}
         initial["source"] = ",".join(args.init_config.targets)
 
@@ -1291,10 +1292,11 @@ def build(args, config, device, segments):
     model = mss.MODELS[config.model](config)
     if args.init:
         try:
-            model.load_state_dict(mss.load_model(args.init).state_dict())
+            model.load_state_dict(args.init_model.state_dict())
         except RuntimeError as error:                                 # of another residual target
             raise mss.UserError(f"--init {args.init}: not for --source {','.join(args.source)}: "
                                 f"{mss.one_line(error)}") from error
+        del args.init_model                                           # its memory is needed
     elif not Path(args.out, "last.pt").exists():                      # else they are read from it
         standardise(model, segments)
     return model.to(device, memory_format=torch.channels_last).train()

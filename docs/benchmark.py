@@ -2,7 +2,7 @@
 
     python docs/benchmark.py                             # on a CPU: a quarter of an hour
     python docs/benchmark.py --musdb /data/musdb18hq     # on a GPU: five minutes, other tables
-    python docs/benchmark.py separation -m paper         # 60 s of noise, in float32 and bfloat16
+    python docs/benchmark.py separation -m paper         # 90 s of noise, in float32 and bfloat16
     python docs/benchmark.py training loader --musdb /data/musdb18hq
 
 Machines are shared and differ: what is printed is best read as ratios within one run. For that
@@ -690,7 +690,7 @@ def main(argv=None):
              f"first {len(ON_CPU)})")
     add("-m", "--model", help="of separation (default: the paper's with random weights), overlap, "
         f"windows, profiles (default: {', '.join(NETWORKS)})")
-    add("--song", type=float, default=60.0, metavar="S", help="seconds of noise (%(default)s)")
+    add("--song", type=float, default=90.0, metavar="S", help="seconds of noise (%(default)s)")
     add("--seconds", type=float, metavar="S", help="time for each row of training and steps, and "
         "four of the loader's (default: 20, on a GPU 3)")
     add("--musdb", help="songs (default: built-in ones)")
