@@ -865,7 +865,7 @@ def worker(_, args, tracks, columns, port):
     """What a process of --workers does."""
     mss.make_streams_safe()
     mss.keep_memory()
-    model = mss.load_models(args.model, mss.pick_device(args.device)) if args.model else None
+    model = mss.load_models(args.model, mss.pick_exact_device(args.device)) if args.model else None
     store = torch.distributed.TCPStore("127.0.0.1", port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)         # unwind: no partial file
     work(args, model, tracks, columns, store)
@@ -1030,7 +1030,7 @@ def main(argv=None):
     else:
         mss.wait_for(store, ["ready"])
         args.model = json.loads(store.get("ready"))
-    device = mss.pick_device(args.device)
+    device = mss.pick_exact_device(args.device)
     model = mss.load_models(args.model, device) if args.model else None
     tracks = mss.musdb_tracks(args.musdb, args.subset, args.cache)
     if args.chunks:

@@ -2307,6 +2307,15 @@ def pick_device(name):
         # Each kind of device that this build of torch lacks has an error of its own.
         raise UserError(f"--device {name}: no such device here: {one_line(error)}") from None
 
+def pick_exact_device(name):
+    """The same, to separate on: its convolutions shall be in float32 unless --bf16 says otherwise.
+
+    By default torch lets a GPU round to 11 bits what they get (TF32), so that SDRs would differ
+    from other machines' in the decimals that people compare.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    return pick_device(name)
+
 def launcher_number(name, default):
     """The number that torchrun, or a launcher like it, has put into an environment variable."""
     text = os.environ.get(name, "")

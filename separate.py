@@ -442,7 +442,7 @@ def main(argv=None):
     else:
         mss.wait_for(store, ["model", "songs"])
         args.model = json.loads(store.get("model"))
-    model = mss.load_models(args.model, mss.pick_device(args.device))
+    model = mss.load_models(args.model, mss.pick_exact_device(args.device))
     args.options = with_lengths(args.options, args, model)
     if rank == 0:
         store.set("model", json.dumps(args.model))

@@ -6930,6 +6930,26 @@ def test_a_coarser_precision_changes_little(device, bf16, decibels, published, m
 
     assert decibels < mss.sdr(theirs, ours) < 110                     # float32: 124
 
+@pytest.mark.parametrize("script", (separate, evaluate))
+def test_scripts_separate_in_float32_unless_told_otherwise(
+        script, checkpoint, songs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    song = next(Path(songs).glob("test/*/mixture.flac"))
+    words = {separate: [song, "-o", tmp_path], evaluate: ["--musdb", songs]}
+
+    code, _, err = call(script.main, "-m", checkpoint, "-d", "cpu", *words[script])
+
+    assert code == 0, err
+    assert not torch.backends.cudnn.allow_tf32
+
+def test_steps_of_training_may_round(songs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+    train_well(*quick(songs, tmp_path, steps=1))
+
+    assert torch.backends.cudnn.allow_tf32
+
 @pytest.mark.parametrize("loss", train.LOSSES)
 def test_a_loss_and_its_gradient_are_as_on_the_cpu(loss, device):
     targets = noise(1, 2, 2, 9000, seed=1)
@@ -6957,7 +6977,7 @@ def test_a_song_is_separated_as_on_the_cpu(device, checkpoint, tmp_path):
     found = check_stems(folder, song)
 
     assert f"on {'cpu' if device == 'cpu' else 'cuda:0'}" in stdout
-    assert mss.sdr(expected, found) > 40                              # TF32's rounding
+    assert mss.sdr(expected, found) > 60
 
 @contextlib.contextmanager
 def little_memory(device, model, windows):

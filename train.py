@@ -966,6 +966,7 @@ def start_processes(args):
     """Meet the other processes, if torchrun started some -> the torch device of this one."""
     device = mss.pick_device(args.device)
     torch.backends.cudnn.benchmark = True                             # all batches are of one shape
+    torch.backends.cudnn.allow_tf32 = True                            # nor need steps be exact
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if LAUNCHED:

@@ -289,7 +289,8 @@ class Steps:
         self.flops = size * count_flops(self.step)                    # of a step
 
         self.network = train.network_of(model, options)
-        if what["real"]:
+        self.real = what["real"]
+        if self.real:
             segments, _ = train.open_data(options, config)
             batches = train.loader(segments, options, 0)
         else:
@@ -307,9 +308,12 @@ class Steps:
         for _ in range(2 if self.device.type == "cuda" else 1):
             one = seconds_of(self.step, self.device)
 
-        # What workers have read ahead meanwhile would hide that they are too slow.
-        for _ in range(2 * self.options.workers):
-            next(self.batches)
+        # What workers have read ahead meanwhile would hide that they are too slow. Then all of them
+        # begin a batch at once: until each has brought one, the wait is not what it will be.
+        if self.real:
+            for _ in range(2 * self.options.workers):
+                next(self.batches)
+            self.run(self.options.workers)
 
         count = max(2, math.ceil(at_least / one))
         self.batches.seconds = 0.0
