@@ -443,35 +443,41 @@ class Subbands(Model):
 def mobile_unet(config):
     return baselines.MobileUNet(config.channels, config.width)
 
-# The bundled weights' network: on four bands as well, but of the spectrogram.
+# The same on bands of the spectrogram, without filters: to train from scratch it is the better one.
 
-class BandedUNet(nn.Module):
-    """(B, C, T, F) -> (B, width, T, F): the paper's UNet on 4 C channels of F / 4 bins each.
+class Bands(nn.Module):
+    """A backbone on four bands of its input, side by side as channels.
 
-    A fourth of the work of a UNet as wide. After each of its blocks there is a TDF, through which
-    a bin sees all others of its band. F is that without the highest bin.
+    (B, C, T, F) -> (B, width, T, F); the backbone maps (B, 4 C, T, F / 4) to (B, width, T, F / 4).
+    F is that without the highest bin.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, backbone):
         super().__init__()
-        if config.window % 512:
-            raise UserError(f"Config: window: for {config.model} a multiple of 512 expected, found "
-                            f"{config.window}")
-        self.unet = UNet(BANDS * config.channels, config.width, residual=False)
-        self.frame_multiple = self.unet.frame_multiple
+        if config.window % (128 * BANDS):
+            raise UserError(f"Config: window: for {config.model} a multiple of {128 * BANDS} "
+                            f"expected, found {config.window}")
+        self.backbone = backbone(dataclasses.replace(
+            config, channels=BANDS * config.channels,
+            window=config.window // BANDS, hop=config.hop // BANDS))
+        self.frame_multiple = self.backbone.frame_multiple
         self.join = nn.Conv2d(config.width, BANDS * config.width, 1)
-
-        bins = config.window // 2 // BANDS
-        for i, encoder in enumerate(self.unet.encoders):
-            features = encoder[0].out_channels
-            decoder = self.unet.decoders[-1 - i]
-            self.unet.encoders[i] = nn.Sequential(encoder, baselines.TDF(features, bins >> i))
-            decoder.block = nn.Sequential(decoder.block, baselines.TDF(features, bins >> i))
 
     def forward(self, x):
         x = x.unflatten(-1, (BANDS, -1)).movedim(-2, 1).flatten(1, 2)  # (B, 4 C, T, F / 4)
-        y = self.join(self.unet(x))                                   # (B, 4 width, T, F / 4)
+        y = self.join(self.backbone(x))                               # (B, 4 width, T, F / 4)
         return y.unflatten(1, (BANDS, -1)).movedim(1, -2).flatten(-2)  # (B, width, T, F)
+
+def unet_with_tdf(config):
+    """The paper's UNet with a TDF after each block, through which a bin sees all others."""
+    network = unet(config)
+    bins = config.window // 2
+    for i, encoder in enumerate(network.encoders):
+        features = encoder[0].out_channels
+        decoder = network.decoders[-1 - i]                            # of the same resolution
+        network.encoders[i] = nn.Sequential(encoder, baselines.TDF(features, bins >> i))
+        decoder.block = nn.Sequential(decoder.block, baselines.TDF(features, bins >> i))
+    return network
 
 MODELS |= {
     "Wave-U-Net":       lambda c: WaveformModel(c, baselines.WaveUNet),
@@ -483,7 +489,8 @@ MODELS |= {
                             c, baselines.OpenUnmix, "reflect", hops(2700, 300, c.hop)),
     "ResUNetDecouple+-subband": lambda c: Subbands(c, resunet),
     "MobileNet-subband":        lambda c: Subbands(c, mobile_unet),
-    "UNet-TDF-bands":           lambda c: Separator(c, BandedUNet(c), magnitude_mask),
+    "ResUNetDecouple+-bands":   lambda c: Separator(c, Bands(c, resunet), decouple_plus),
+    "UNet-TDF-bands":           lambda c: Separator(c, Bands(c, unet_with_tdf), magnitude_mask),
 }
 
 # ==== II. Using a model ==========================================================================

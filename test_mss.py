@@ -81,7 +81,7 @@ TABLE_3 = (
     "ResUNetDecouple+")
 RELATIVES = ("Wave-U-Net", "Wave-U-Net-12", "DPRNN", "PM-Unet", "PM-Unet-conv", "Open-Unmix")
 SUBBANDS = ("ResUNetDecouple+-subband", "MobileNet-subband")
-BUNDLED = ("UNet-TDF-bands",)                                         # the bundled weights' own
+ON_BANDS = ("ResUNetDecouple+-bands", "UNet-TDF-bands")
 ROWS = tuple(mss.MODELS)
 PAIR = ("vocals", "accompaniment")
 PATIENCE = 3600         # s until a subprocess counts as hanging, however slow the machine
@@ -100,7 +100,7 @@ def data(name):
 def small(name="UNetDecouple+", **changes):
     """(config, model) of few features and bins: the same code in milliseconds."""
     torch.manual_seed(0)
-    window = 512 if name.startswith(("PM", "UNet-TDF")) else 256      # pooled by 4^4, or 4 bands
+    window = 512 if name.startswith("PM") or name in ON_BANDS else 256  # pooled by more
     sizes = {"window": window, "hop": 64, "width": 2, **changes}
     config = mss.Config(model=name, **sizes)
     return config, mss.MODELS[name](config)
@@ -341,7 +341,7 @@ def test_the_first_rows_are_table_3s():
     assert tuple(mss.MODELS)[:7] == TABLE_3
 
 def test_the_other_rows_are_the_relatives_and_have_recipes():
-    assert tuple(mss.MODELS)[7:] == RELATIVES + SUBBANDS + BUNDLED
+    assert tuple(mss.MODELS)[7:] == RELATIVES + SUBBANDS + ON_BANDS
     assert set(train.RECIPES) <= set(mss.MODELS)
 
 @pytest.mark.parametrize("name, layers, maps", [

@@ -486,7 +486,8 @@ WIDTHS = {              # that give about a million parameters; others have the 
     "UNetPhase": 8, "UNet": 8, "UNetDecouple": 8, "UNetDecouple+": 8, "ResUNet": 4,
     "ResUNetDecouple": 4, "ResUNetDecouple+": 4, "Wave-U-Net": 16, "Wave-U-Net-12": 8,
     "DPRNN": 64, "PM-Unet": 4, "PM-Unet-conv": 4, "Open-Unmix": 64,
-    "ResUNetDecouple+-subband": 4, "MobileNet-subband": 64}
+    "ResUNetDecouple+-subband": 4, "MobileNet-subband": 64, "ResUNetDecouple+-bands": 4,
+    "UNet-TDF-bands": 8}
 
 def measure_model(args, name):
     """A row: size, work, speed of separation and of a training step of four seconds."""
