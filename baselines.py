@@ -540,6 +540,10 @@ class MobileUNet(nn.Module):
 
 # ---- TDF ----------------------------------------------------------------------------------------
 
+def along_frequency(linear, x):
+    """linear(x) of (B, D, T, F), whose features stay last in memory, as convolutions like it."""
+    return (linear.weight @ x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
 class TDF(nn.Module):
     """(B, D, T, F) -> (B, D, T, F): two linear layers along frequency, with a bottleneck; added.
 
@@ -556,8 +560,8 @@ class TDF(nn.Module):
         self.norm2 = nn.BatchNorm2d(features, momentum=0.01)
 
     def forward(self, x):
-        y = F.relu(self.norm1(self.squeeze(x)), inplace=True)         # (B, D, T, F / 8)
-        return x + F.relu(self.norm2(self.expand(y)), inplace=True)
+        y = F.relu(self.norm1(along_frequency(self.squeeze, x)), inplace=True)  # (B, D, T, F / 8)
+        return x + F.relu(self.norm2(along_frequency(self.expand, y)), inplace=True)
 
 # What gradient checkpointing computes again (train.py --checkpoint-blocks).
 BLOCKS = (
