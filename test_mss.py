@@ -7330,14 +7330,16 @@ def test_the_flop_of_a_step_are_those_of_its_batch(benchmark, benchmark_args):
 def test_what_was_read_ahead_is_not_counted_as_speed(benchmark, benchmark_args, ticking):
     steps = benchmark.Steps(benchmark_args, benchmark.BASE)
     steps.options.workers = 3
+    steps.real = True
     taken = []
     steps.step = lambda: taken.append("step")
     steps.batches = train.Timed(taken.append("ahead") for _ in itertools.count())
 
     seconds, _ = steps.time(at_least=0.5)
 
-    # Each step, and all that are timed, take 1/8 s by that clock: 4 of them are meant to.
-    assert taken == ["step"] + 6 * ["ahead"] + 4 * ["step"]
+    # A step for each worker to begin. Each step, and all that are timed, take 1/8 s by that clock: 4
+    # of them are meant to.
+    assert taken == ["step"] + 6 * ["ahead"] + (3 + 4) * ["step"]
     assert seconds == 1 / 8 / 4
 
 def test_windows_at_once_are_measured(
