@@ -520,6 +520,8 @@ def figure_2(masks):
         grey = 255 - 255 * shade / shade.max().clip(1)
         panel = np.where(circle[..., None], (255, 0, 0), grey).astype("uint8")
         panels.append(np.pad(panel, ((10, 10), (10, 10), (0, 0)), constant_values=255))
+    while len(panels) > 3 and len(panels) % 3:
+        panels.append(np.full_like(panels[0], 255))                   # to fill the last row
     rows = [np.concatenate(panels[i:i + 3], axis=1) for i in range(0, len(panels), 3)]
     return np.concatenate(rows)
 
@@ -809,7 +811,10 @@ def evaluate_track(args, model, track):
 
 def evaluate_oracles(track):
     mixture = stored(track, "mixture", track.channels)
-    references = {name: stored(track, name, track.channels) for name in TARGETS}
+    references = {name: stored(track, name, track.channels)
+                  for name in TARGETS if track.parts(name)}
+    if not references:
+        raise mss.UserError(f"{track.name}: some of {', '.join(TARGETS)} expected, found none")
     scores = score(references, oracle_estimates(mixture, references), track.sample_rate)
     return {"scores": scores, "masks": mask_statistics(mixture, references), "files": {}}
 
@@ -976,7 +981,9 @@ def write_figure_2(path, results):
     """Print the shares of bins with |M| > 1, and write the figure."""
     masks = {}
     for name in TARGETS:
-        masks[name] = np.sum([result["masks"][name] for result in results], axis=0)
+        found = [result["masks"][name] for result in results if name in result["masks"]]
+        if found:                                                     # not all songs hold all
+            masks[name] = np.sum(found, axis=0)
     masks["all"] = sum(masks.values())
 
     shares = ", ".join(f"{name} {above / max(bins, 1):.1%}"
