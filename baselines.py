@@ -256,8 +256,8 @@ class DPRNN(nn.Module):
 # ---- PM-Unet ------------------------------------------------------------------------------------
 
 def activate(x):
-    # As instance_norm, but that leaves channels_last, and its gradients are wrong if a batch of
-    # one has that layout.
+    # A group for each feature is what instance_norm does. But that one loses the channels_last
+    # layout, and torch 2.13's gradients of it are wrong on a CPU if a batch of one has that layout.
     return F.gelu(F.group_norm(x, x.shape[1]))
 
 class Inception(nn.Module):

@@ -69,20 +69,22 @@ class Config:
 
 # ---- Spectrograms: (..., L) <-> (..., T, F) complex ---------------------------------------------
 
-# Each is made once, and not in inference mode: whoever separates may train afterwards.
-hann_window = functools.lru_cache(torch.inference_mode(False)(torch.hann_window))
+@functools.cache
+@torch.inference_mode(False)                    # a tensor made in that mode can't be learned through
+def hann_window(length, dtype, device):
+    return torch.hann_window(length, dtype=dtype, device=device)
 
 def stft(audio, window=2048, hop=441, padding="reflect"):
     """(..., L) float -> (..., T, F) complex: centred frames, periodic Hann, T = L // hop + 1."""
     missing = max(0, window // 2 + 1 - audio.shape[-1])               # to reflect the ends
     x = F.pad(audio, (0, missing)).flatten(0, -2)                     # (N, L)
-    hann = hann_window(window, dtype=x.dtype, device=x.device)
+    hann = hann_window(window, x.dtype, x.device)
     X = torch.stft(x, window, hop, window=hann, pad_mode=padding, return_complex=True)
     return X.transpose(1, 2).unflatten(0, audio.shape[:-1])           # (N, F, T) -> (..., T, F)
 
 def istft(X, length, window=2048, hop=441):
     """(..., T, F) complex -> (..., length) float: the inverse of stft."""
-    hann = hann_window(window, dtype=X.real.dtype, device=X.device)
+    hann = hann_window(window, X.real.dtype, X.device)
     padded = max(length, window // 2 + 1)                             # as in stft
     x = torch.istft(X.flatten(0, -3).transpose(1, 2), window, hop, window=hann, length=padded)
     return x[:, :length].unflatten(0, X.shape[:-2])                   # (N, L) -> (..., L)
@@ -443,7 +445,8 @@ class Subbands(Model):
 def mobile_unet(config):
     return baselines.MobileUNet(config.channels, config.width)
 
-# The same on bands of the spectrogram, without filters: to train from scratch it is the better one.
+# The same on bands of the spectrogram, without filters: the better ones to train from scratch, as
+# far as was measured (docs/results.md).
 
 class Bands(nn.Module):
     """A backbone on four bands of its input, side by side as channels.
@@ -608,15 +611,15 @@ def device_of(model):
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 def windows_at_once(device):
-    """How many fill a device: one a CPU; a GPU 8, or fewer where less than 3 GiB are free for each.
+    """How many fill a device: one a CPU; a GPU 4, or fewer where too little memory is free.
 
-    The paper's network needs about that much. Others need less, and it isn't known how much.
+    More gained nothing on an H200. 1.25 GiB for each is what the paper's network needs, in float32.
     """
     if device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(max(free // (3 << 30), 1), 8)
+    return min(max(free // (5 << 28), 1), 4)
 
 def separate_windows(model, windows, bf16):
     """(B, C, n) on the CPU -> (B, S, C, n) on the CPU; None if the device runs out of memory."""

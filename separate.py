@@ -328,7 +328,7 @@ def build_parser():
         help="seconds that two share (default: the model's, mostly 0.63, or less where a shorter "
         "--segment needs it)")
     add("--batch-size", type=int, metavar="N",
-        help="segments at once (default: 1 on a CPU, up to 8 on a GPU)")
+        help="segments at once (default: 1 on a CPU, up to 4 on a GPU)")
     return parser
 
 def check(parser, args):

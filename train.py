@@ -126,7 +126,10 @@ def optimizer_of(model, args):
 # ---- The loop -----------------------------------------------------------------------------------
 
 MAX_FAILURES = 20       # steps in a row that aren't finite: the run ends
-AHEAD = {"cuda": 1}     # steps that are begun before an older one is read; 0 on other devices
+
+# A GPU works while Python goes on. So that it never waits, a step's loss is read when this many
+# more steps have been begun; before saving and validating all are read. 0 on other devices.
+AHEAD = {"cuda": 1}
 
 @dataclasses.dataclass
 class Run:
@@ -805,8 +808,8 @@ def batches_to_read(args):
 def my_examples(args, first):
     """Yield the numbers of this process's examples in each batch to be read, from `first` on.
 
-    They follow from the step's number alone: neither a resumed run nor other numbers of processes
-    change what a step learns from.
+    They follow from the step's number alone: neither a resumed run nor, without --echo, other
+    numbers of processes change what a step learns from.
     """
     size = args.batch_size // args.accumulate                         # of all processes
     for k in range(first, batches_to_read(args)):
@@ -848,27 +851,33 @@ def loader(segments, args, first_step):
             end_workers()
 
 def remixed(batches, args, first_step, device="cpu"):
-    """Let each batch serve args.echo parts of steps, with its sources mixed anew, on the device.
+    """Let each batch serve args.echo parts of steps, the later ones with its sources mixed anew.
 
     Where reading takes longer than learning that is almost as good as new batches (Choi et al.
-    2019, Faster neural network training with data echoing).
+    2019, Faster neural network training with data echoing). Each process mixes its own examples.
     """
     part = first_step * args.accumulate
     for mixture, targets in batches:
+        # Moved here already, so that mixing is the device's work.
         mixture = mixture.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        rest = mixture - targets.sum(1)                               # (B, C, L)
-        sources = [*targets.unbind(1), rest]
-        for part in range(part, part + args.echo - part % args.echo):
-            if part % args.echo == 0:
-                yield mixture, targets
-                continue
-            rng = np.random.default_rng((args.seed, part, RANK))
-            orders = [torch.from_numpy(rng.permutation(len(source))) for source in sources]
-            mixed = [source[order.to(device, non_blocking=True)]
-                     for source, order in zip(sources, orders)]
-            yield sum(mixed), torch.stack(mixed[:-1], dim=1)
-        part += 1
+        sources = [*targets.unbind(1), mixture - targets.sum(1)]      # (B, C, L) each
+
+        end = part - part % args.echo + args.echo
+        for k in range(part, end):
+            if k % args.echo:
+                mixture, targets = mixed_anew(sources, (args.seed, k, RANK))
+            yield mixture, targets
+        part = end
+
+def mixed_anew(sources, seed):
+    """Targets and what is left, (B, C, L) each, in random orders -> (mixture, targets)."""
+    rng = np.random.default_rng(seed)
+    mixed = []
+    for source in sources:
+        order = torch.from_numpy(rng.permutation(len(source)))
+        mixed.append(source[order.to(source.device, non_blocking=True)])
+    return sum(mixed), torch.stack(mixed[:-1], dim=1)
 
 def prepare_worker(worker):
     """A terminal or scheduler signals workers, too: the loop needs them until its step is done."""
@@ -1242,6 +1251,9 @@ def check(parser, args):
     if args.echo > 1 and not any(set(args.source) <= known for known in parts):
         parser.error(f"--echo {args.echo}: sources that don't overlap expected, found "
                      f"{','.join(args.source)}")
+    if args.echo > 1 and args.batch_size < 2 * args.accumulate * WORLD:
+        parser.error(f"--echo {args.echo}: --batch-size of at least {2 * args.accumulate * WORLD} "
+                     "expected, for there must be something to mix")
     if args.batch_size % (args.accumulate * WORLD):
         parser.error(f"--batch-size {args.batch_size}: in multiples of {args.accumulate * WORLD} "
                      "expected")
