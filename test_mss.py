@@ -1951,6 +1951,17 @@ def test_the_default_weights_lift_a_voice_out_of_a_song_held_out():
     assert mss.sdr(vocals, estimate) > 1
     assert mss.sdr(vocals, estimate) > mss.sdr(vocals, mixture) + 3
 
+def test_bundled_weights_are_scored_where_there_is_no_voice_too(songs):
+    score = script_of(HERE / "weights" / "score.py")
+    (track,) = score.songs_in(songs, None)
+
+    (sdr, usdr, false) = score.scores_of(lambda mixture: mixture / 2, track)
+
+    estimate = track.load("mixture") / 2
+    assert usdr == pytest.approx(mss.sdr(track.load("vocals"), estimate), abs=0.01)
+    assert abs(sdr - usdr) < 3
+    assert false == pytest.approx(-6.02, abs=0.01)
+
 def test_models_that_have_names_are_listed(card):
     code, stdout, _ = call(separate.main, "--list-models")
 

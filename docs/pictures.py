@@ -1,6 +1,8 @@
-"""Draw the README's pictures: docs/spectrograms.png and docs/network.svg.
+"""Draw the pictures: docs/spectrograms.png, docs/network.svg and docs/bundled-*.png.
 
-    python docs/pictures.py runs/demo      # after: python train.py --out runs/demo
+    python docs/pictures.py RUN SONGS
+
+RUN is what `python train.py --out RUN` made, SONGS what weights/material.py made.
 """
 import sys
 from pathlib import Path
@@ -12,20 +14,31 @@ sys.path.insert(0, str(HERE.parent))
 import evaluate
 import mss
 
-# ---- What the demo has learned, on a built-in song that it has not heard ------------------------
+# ---- What was learned, on songs that were not heard ---------------------------------------------
 
-def spectrograms(run):
-    """The mixture, the vocals that the demo estimates, and the true vocals: 6 s, up to 8 kHz."""
-    track = mss.musdb_tracks(Path(run, "songs"), "test")[0]
-    mixture = track.load("mixture")
-    vocals, = mss.separate_track(mss.load_models([Path(run, "best.pt")]), mixture)
+def spectrograms(model, track, start, seconds=6):
+    """The mixture, the vocals that a model estimates, and the true vocals: up to 8 kHz."""
+    frames = seconds * track.sample_rate
+    mixture = track.load("mixture", start, frames)
+    vocals = mss.separate_track(model, mixture)[0]
 
     images = []
-    for audio in (mixture, vocals, track.load("vocals")):
-        image = evaluate.spectrogram_image(audio[:, :6 * track.sample_rate])
+    for audio in (mixture, vocals, track.load("vocals", start, frames)):
+        image = evaluate.spectrogram_image(audio)
         image = image[-93:].repeat(2, axis=0)                         # rows of 86 Hz: up to 8 kHz
         images.append(np.pad(image, ((0, 0), (0, 6), (0, 0)), constant_values=255))
     return np.concatenate(images, axis=1)[:, :-6]
+
+def demo(run):
+    """On a built-in song."""
+    track = mss.musdb_tracks(Path(run, "songs"), "test")[0]
+    return spectrograms(mss.load_models([Path(run, "best.pt")]), track, 0)
+
+def bundled(songs, name):
+    """The bundled weights on a song of weights/material.py's, where its vocals are loudest."""
+    track, = (track for track in mss.musdb_tracks(songs, "valid") if name in track.name)
+    start = evaluate.loudest(track.load("vocals"), 6 * track.sample_rate)
+    return spectrograms(mss.load_models(["bundled"]), track, start)
 
 # ---- The residual network, as a line drawing ----------------------------------------------------
 
@@ -63,8 +76,12 @@ def network():
             f'<rect width="740" height="366" fill="white"/>{"".join(parts)}</svg>\n')
 
 def main():
+    run, songs = sys.argv[1:]
     (HERE / "network.svg").write_text(network())
-    (HERE / "spectrograms.png").write_bytes(evaluate.png(spectrograms(sys.argv[1])))
+    (HERE / "spectrograms.png").write_bytes(evaluate.png(demo(run)))
+    for name in ("Coherence", "Sodium"):
+        path = HERE / f"bundled-{name.lower()}.png"
+        path.write_bytes(evaluate.png(bundled(songs, name)))
 
 if __name__ == "__main__":
     mss.run(main)
