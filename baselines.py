@@ -430,10 +430,8 @@ class OpenUnmixTarget(nn.Module):
         return F.relu(x * self.output_scale + self.output_mean)
 
 def wiener(X, Y, epsilon=1e-10):
-    """Mixture (B, C, T, F), estimates (B, S, C, T, F) -> better ones: one iteration of EM.
-
-    A source is a power for each bin times a covariance of the channels for each frequency.
-    """
+    """Mixture (B, C, T, F), estimates (B, S, C, T, F) -> better ones: one iteration of EM."""
+    # A source is a power for each bin times a covariance of the channels for each frequency.
     power = Y.abs().square().mean(2)                                  # (B, S, T, F)
 
     # Louder mixtures have larger epsilons: as if they were scaled to a highest magnitude of 10.
@@ -448,10 +446,7 @@ def wiener(X, Y, epsilon=1e-10):
     return power[:, :, None] * torch.einsum("bsfcd,btfd->bsctf", R, x)
 
 class OpenUnmix(nn.Module):
-    """(B, C, T, F) -> (B, S, C, T, F): Stoeter et al. 2019, a network for each source.
-
-    Where the sources make up the mixture a Wiener filter follows, but not in training.
-    """
+    """(B, C, T, F) -> (B, S, C, T, F): Stoeter et al. 2019, a network for each source."""
     STRIDE = 300                                                      # frames: filtered at a time
 
     def __init__(self, channels, bins, sources, width, residual=None):
@@ -462,9 +457,10 @@ class OpenUnmix(nn.Module):
             OpenUnmixTarget(channels, bins, width) for _ in range(sources))
 
     def forward(self, X):
-        magnitude = X.abs()
-        masks = [network(magnitude) for network in self.networks]
+        masks = [network(X.abs()) for network in self.networks]
         Y = torch.stack(masks, dim=1) * X[:, None]                    # (B, S, C, T, F)
+
+        # Where the sources make up the mixture a Wiener filter follows, but not in training.
         if self.filtered and not self.training:
             for start in range(0, X.shape[2], self.STRIDE):
                 t = slice(start, start + self.STRIDE)

@@ -665,14 +665,13 @@ def smaller(segment, overlap, count, fade):
 def block_lengths(model, segment=None, overlap=None):
     """(segment, overlap) in samples, the model's where None; UserError where they don't fit.
 
-    In a segment that is too short for the model's overlap, neighbours share as large a part.
+    Of a segment that is shorter than the model's, neighbours share as large a part.
     """
     usual_segment, usual_overlap = model.blocks
     segment = usual_segment if segment is None else whole(segment, "segment", 1)
-    fitting = usual_overlap
-    if segment - fitting < max(fitting // 2, 1):
-        fitting = segment * usual_overlap // usual_segment
-    overlap = fitting if overlap is None else whole(overlap, "overlap")
+    if overlap is None:
+        overlap = min(usual_overlap, segment * usual_overlap // usual_segment)
+    overlap = whole(overlap, "overlap")
 
     if segment - overlap < max(overlap // 2, 1):
         rate = model.config.sample_rate
@@ -885,11 +884,12 @@ def save_checkpoint(path, config, model, **state):
 
 LOOKALIKES = (          # how files begin that are saved as weights by mistake, and what they are
     (rb"\Z", "an empty file"),
-    (rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)", "an HTML page"),
+    (rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|!--)", "an HTML page"),
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed file: unpack it"),
     (rb".{8}\{\"", "a file of safetensors"),
     (rb"[\t\n\r -~]+\Z", "a text"),
+    (rb"(?!PK|\x80.\x8a)", "no PyTorch file"),      # torch.save writes a zip, or pickles a number
 )
 
 def check_kind(path):
@@ -966,6 +966,13 @@ def check_names(weights, model):
         raise UserError(f"{found} of {len(expected)} weights of {model.config.model} found; "
                         f"{'; '.join(told)}")
 
+def config_of(content):
+    """A checkpoint's "config", anything -> Config, or UserError with what it is instead."""
+    try:
+        return Config(**content)
+    except TypeError as error:
+        raise UserError(f"another program's config: {reprlib.repr(content)}") from error
+
 @contextlib.contextmanager
 def reading(path):
     """Whatever fails within is the file's fault, and becomes a UserError that names it."""
@@ -993,8 +1000,8 @@ def load_checkpoint(path, device="cpu"):
     its sizes are compared with the file's and the model's before memory is taken.
     """
     if not Path(path).is_file():
-        near = difflib.get_close_matches(str(path).lower(), NAMES, n=1)
-        meant = f"; {near[0]} is a name" if near else ""
+        near = nearest_name(path)
+        meant = f"; {near} is a name" if near else ""
         raise UserError(f"{path}: a checkpoint expected, or a name that separate.py --list-models "
                         f"prints, found no file{meant}")
     with reading(path):
@@ -1014,7 +1021,7 @@ def load_checkpoint(path, device="cpu"):
     if published:
         content["config"]["targets"] = (target_of(path),)
     with reading(path):
-        config = Config(**content.pop("config"))
+        config = config_of(content.pop("config"))
         with torch.device("meta"):                                    # takes no memory
             model = MODELS[config.model](config)
         check_names(weights, model)
@@ -1031,7 +1038,7 @@ def load_checkpoint(path, device="cpu"):
 RESUNET_NAMES = (
     (r"^bn0", "norm", ()),
     (r"^encoder_block(\d)\.conv_block(\d)", "backbone.encoders.{}.{}", (1, 1)),
-    (r"^conv_block7(\w)\.conv_block(\d)", "backbone.bottleneck.{}.{}", (10, 1)),
+    (r"^conv_block7([a-f])\.conv_block(\d)", "backbone.bottleneck.{}.{}", (10, 1)),
     (r"^decoder_block(\d)\.bn1", "backbone.decoders.{}.up.0", (1,)),
     (r"^decoder_block(\d)\.conv1", "backbone.decoders.{}.up.2", (1,)),
     (r"^decoder_block(\d)\.conv_block(\d)", "backbone.decoders.{}.block.{}", (1, 2)),
@@ -1071,7 +1078,7 @@ def convert_separator(weights, names, bands=1):
             continue
         if name.endswith("abn2.weight"):                              # as InPlaceABN uses it
             value = value.abs() + 1e-5
-        if name.startswith("after_conv2."):                           # the heads, interleaved
+        if name.startswith("after_conv2.") and value.dim():           # the heads, interleaved
             kind = name.removeprefix("after_conv2.")
             number = torch.arange(len(value), device="cpu") // bands % 4
             for k, head in enumerate(("mask", "p_r", "p_i", "q")):
@@ -1097,8 +1104,8 @@ def convert_open_unmix(weights):
 class Layout(typing.NamedTuple):
     """How the files of a row of MODELS are read."""
     convert: typing.Callable                    # their {name: value} -> our {name: value}
-    sizes: dict                                 # what their Config has, beside the width:
-    wide: str                                   # the length of this weight's second axis
+    sizes: dict                                 # what all of them have in their Config
+    wide: str                                   # our name of a weight of (n, width, ...) numbers
 
 BAND = {"window": 512, "hop": 110}
 LAYOUTS = {
@@ -1131,7 +1138,13 @@ def convert_published(weights):
         if known[row].keys() == names_of(row):
             break
 
+    own = [name for name in weights for row in known if name in names_of(row)]
+    if own:
+        raise UserError("weights with this program's names, but without a config: "
+                        f"{own[0][:80]}, ...; mss.save_checkpoint saves both")
+
     def likeness(row):
+        """What is compared: how many names are shared and, of rows with as many, how few aren't."""
         found, expected = known[row].keys(), names_of(row)
         return len(found & expected), -len(found ^ expected)
 
@@ -1141,7 +1154,7 @@ def convert_published(weights):
         raise UserError(f"weights of none of {', '.join(LAYOUTS)}: {found}, ...")
     ours, layout = known[row], LAYOUTS[row]
     sizes = {"model": row, **layout.sizes}
-    if layout.wide in ours:
+    if layout.wide in ours and ours[layout.wide].dim() > 1:
         sizes["width"] = ours[layout.wide].shape[1]
     return sizes, ours
 
@@ -1215,6 +1228,11 @@ PUBLISHED = {
 }
 NAMES = ("default", *PUBLISHED, "bundled")      # of weights; the first is one of the others
 ZENODO = "https://zenodo.org/records"
+
+def nearest_name(word):
+    """The name of weights that a mistyped word may stand for, or None."""
+    near = difflib.get_close_matches(str(word).lower(), NAMES, n=1)
+    return near[0] if near else None
 
 def zenodo_url(record, file_name):
     return f"{ZENODO}/{record}/files/{file_name}?download=1"
@@ -1701,7 +1719,7 @@ def second(x, rng):
     return x + rng.uniform(0.3, 1) * F.pad(voice, (late, 0))[:, :x.shape[1]]
 
 def transform_size(samples):
-    """A size for an FFT of so many samples, or some more: its factors are small."""
+    """A size for an FFT of so many samples or some more: a multiple of a large power of two."""
     return math.ceil(samples / 4096) * 4096
 
 def octaves(size):

@@ -283,7 +283,7 @@ def clean(out, folders):
         mss.remove_partials(folder)
 
 def list_models():
-    """Print the names of weights, the best of vocals first, and what is known about them."""
+    """Print the names of weights, and what is known about them."""
     told = {"default": "paper-small if it is here or can be downloaded now, else bundled"}
     for name, published in mss.PUBLISHED.items():
         sdr = ", ".join(f"{target} {value} dB" for target, value in published.sdr.items())
@@ -294,7 +294,7 @@ def list_models():
 
     for name, text in told.items():
         print(textwrap.fill(f"{name}: {text}", 100, subsequent_indent="    "))
-    print("\ndB: SDR (museval) on MUSDB18 test; not measured here")
+    print("\nOf all but bundled: dB is SDR (museval) on MUSDB18 test, and not measured here")
 
 def build_parser():
     parser = mss.parser(__doc__)
@@ -325,8 +325,8 @@ def build_parser():
     add("--segment", type=float, metavar="S",
         help="seconds at a time (default: the model's, mostly 6.39)")
     add("--overlap", type=float, metavar="S",
-        help="seconds that two share (default: the model's, mostly 0.63, or less where a shorter "
-        "--segment needs it)")
+        help="seconds that two share (default: the model's, mostly 0.63, or the same part of a "
+        "shorter --segment)")
     add("--batch-size", type=int, metavar="N",
         help="segments at once (default: 1 on a CPU, up to 4 on a GPU)")
     return parser
@@ -337,9 +337,10 @@ def check(parser, args):
         parser.error("FILE expected: audio files or folders of them")
     if args.subtype and args.ext not in ("wav", "flac"):
         parser.error(f"--ext {args.ext}: has no --int16 or --int24")
-    segment = 1e9 if args.segment is None else args.segment           # the model's isn't known yet
-    if not 0 <= 1.5 * (args.overlap or 0) < segment < math.inf:
-        parser.error("a --segment of over 1.5 times --overlap expected")
+    # Whether the two fit is seen when the model is known: mss.block_lengths.
+    for name, value, lowest in (("segment", args.segment, 0.01), ("overlap", args.overlap, 0)):
+        if value is not None and not lowest <= value <= 1e5:
+            parser.error(f"--{name}: {lowest} to 100000 s expected, found {value:g}")
     if not 0 <= args.start < math.inf or not args.duration > 0:
         parser.error("--start from 0, --duration above 0 expected")
     if args.batch_size is not None and args.batch_size < 1:
@@ -360,7 +361,8 @@ def parse(argv):
     # Of `-m MODEL song.wav` -m takes the song, too.
     models, songs = [], []
     for word in args.model:
-        mistyped = not Path(word).suffix and not os.path.exists(word)
+        missing = not Path(word).suffix and not os.path.exists(word)
+        mistyped = missing and mss.nearest_name(word)
         named = word in mss.NAMES or Path(word).suffix in (".pt", ".pth") or mistyped
         (models if named or not models else songs).append(word)
     args.model = models or ["default"]

@@ -44,6 +44,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import pickle
 import re
 import shlex
 import shutil
@@ -968,14 +969,21 @@ def test_too_short_a_segment_is_refused():
 
 @pytest.mark.parametrize("segment, overlap", [
     (None, 306_176),                            # 62.7 s: Open-Unmix's own
-    (460_000, 306_176),                         # it fits still
-    (459_000, 50_848),                          # a ninth of the segment, as of its own
+    (3_000_000, 306_176),                       # a longer segment doesn't need more
+    (2699 * 512, 153_088),                      # a ninth of the segment, as of its own
     (1, 0),
 ])
 def test_a_segment_alone_gets_an_overlap_that_fits(segment, overlap):
     _, model = small("Open-Unmix", window=4096, hop=1024)
 
     assert mss.block_lengths(model, segment) == (segment or 2699 * 1024, overlap)
+
+def test_the_overlap_that_a_segment_gets_does_not_jump():
+    _, model = small()
+
+    overlaps = [mss.block_lengths(model, segment)[1] for segment in range(1, 300_000, 100)]
+
+    assert min(np.diff(overlaps)) >= 0 and max(np.diff(overlaps)) < 100
 
 def alive(model, x):
     """The model in eval mode, its batch norms' statistics those of x, so that all of it matters."""
@@ -1443,7 +1451,11 @@ def saved(content):
     (b"", "an empty file"),
     (b"\n<!DOCTYPE html><html><body>404</body></html>", "an HTML page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer"),
+    (b"<!-- moved --><html></html>", "an HTML page"),
     (b'{"status": 404, "message": "gone"}', "a text"),
+    ("nicht verfügbar".encode(), "no PyTorch file"),
+    (b"RIFF\x24\0\0\0WAVEfmt " + bytes(30), "no PyTorch file"),
+    (pickle.dumps({"norm.weight": 1.0}), "no PyTorch file"),
     (gzip.compress(bytes(1000)), "a compressed file"),
     (struct.pack("<Q", 90) + b'{"norm.weight": {"dtype": "F32"}}' + bytes(99), "safetensors"),
     (zipped("vocals.pth", bytes(1000)), "a zip archive of ['vocals.pth']: unpack it"),
@@ -1453,6 +1465,12 @@ def saved(content):
     (saved({}), "found nothing"),
     (saved({"epoch": 3, "model": {"a": torch.zeros(3)}, "config": {}}), "0 of 887 weights"),
     (saved({"epoch": 3, "weights": {"a": torch.zeros(3)}}), "found ['epoch', 'weights']"),
+    (saved({"model": {"a": torch.zeros(3)}, "config": {"lr": 0.1}}), "config: {'lr': 0.1}"),
+    (saved({"model": {"a": torch.zeros(3)}, "config": None}), "another program's config: None"),
+    (saved({"fc3.weight": torch.zeros(3)}), "1 of 46 weights of Open-Unmix"),
+    (saved({"after_conv2.weight": torch.zeros(())}), "after_conv2.weight, ..."),
+    (saved({"after_conv2.weight": torch.zeros(8)}), "heads.mask.weight"),
+    (saved({"conv_block7z.conv_block1.conv1.weight": torch.zeros(3)}), "conv_block7z"),
 ], ids=lambda value: value.split(",")[0] if isinstance(value, str) else "")
 def test_what_a_foreign_file_is_is_told(content, words, tmp_path):
     (tmp_path / "vocals.pth").write_bytes(content)
@@ -1468,6 +1486,15 @@ def test_a_mistyped_name_points_to_the_names(word, song):
 
 def test_a_second_name_that_is_mistyped_is_no_song(checkpoint, song):
     fails(separate.main, "-m", checkpoint, "umxq", song, saying=("umxhq is a name",))
+
+def test_a_mistyped_song_after_the_model_is_no_model(checkpoint, song):
+    code, _, err = call(separate.main, "-o", song.parent, "-m", checkpoint, "albm", song)
+
+    assert code == 1 and "1 of 2 songs failed: albm" in err
+    check_stems(song.parent / "song", song)
+
+def test_a_mistyped_song_alone_is_named(checkpoint):
+    fails(separate.main, "-m", checkpoint, "nosong", saying=("nosong: ", "found no file"))
 
 def test_an_absent_checkpoint_is_named(tmp_path):
     absent = tmp_path / "absent.pt"
@@ -1685,6 +1712,16 @@ def test_a_published_file_whose_name_says_no_target_is_refused(file_name, tmp_pa
 
     with pytest.raises(mss.UserError, match="vocals.pth, found (none|vocals and drums) in it"):
         mss.load_checkpoint(tmp_path / file_name)
+
+@pytest.mark.parametrize("row", [*PUBLISHED_ROWS, "UNet"])
+def test_our_weights_without_their_config_are_refused(row, tmp_path):
+    path = tmp_path / "vocals.pth"
+    sizes = mss.LAYOUTS[row].sizes if row in mss.LAYOUTS else {"hop": 600}
+    model = mss.MODELS[row](mss.Config(row, width=2, **sizes))
+    torch.save(model.state_dict(), path)
+
+    with pytest.raises(mss.UserError, match="this program's names, but without a config: "):
+        mss.load_checkpoint(path)
 
 def test_weights_of_an_unknown_layout_are_refused_with_what_they_are(tmp_path):
     path = tmp_path / "vocals.pth"
@@ -1970,7 +2007,7 @@ def test_models_that_have_names_are_listed(card):
     paragraphs, metric = stdout.replace("\n    ", " ").strip().split("\n\n")
     lines = dict(line.split(": ", 1) for line in paragraphs.splitlines())
     assert tuple(lines) == mss.NAMES
-    assert "SDR (museval)" in metric and "not measured here" in metric
+    assert "SDR (museval)" in metric and "not measured here" in metric and "but bundled" in metric
     for name, *words in (
             ("paper-accompaniment", "accompaniment 16.8 dB", "461 MB", "non-commercial", "5513378"),
             ("paper-fast", "vocals 8.7 dB", "414 MB", "CC BY 4.0", "not seen here", "5804160"),
@@ -5685,6 +5722,19 @@ def test_lengths_of_blocks_that_do_not_fit_are_refused_once_before_the_songs(che
     assert code == 2
     (line,) = err.splitlines()
     assert "--segment" in line and "found 6.39 and 5 s" in line
+
+def test_a_segment_of_one_and_a_half_overlaps_will_do(checkpoint, song):
+    separate_song(checkpoint, song, "--segment", 0.3, "--overlap", 0.2)
+
+@pytest.mark.parametrize("flag, said", [
+    ("--segment=0", "--segment: 0.01 to 100000 s expected, found 0"),
+    ("--segment=nan", "--segment: 0.01 to 100000 s expected, found nan"),
+    ("--segment=0.00001", "--segment: 0.01 to 100000 s expected, found 1e-05"),
+    ("--segment=1e308", "--segment: 0.01 to 100000 s expected, found 1e+308"),
+    ("--overlap=-1", "--overlap: 0 to 100000 s expected, found -1"),
+])
+def test_a_length_of_blocks_that_makes_no_sense_is_told_by_itself(flag, said, checkpoint, song):
+    fails(separate.main, song, "-m", checkpoint, flag, saying=(said,))
 
 def test_lengths_of_blocks_are_seconds_at_the_models_rate(tmp_path, song, monkeypatch):
     config, model = small(sample_rate=22050)
