@@ -2,8 +2,8 @@
 
     python weights/material.py OUT --data DATA --packages ROOT --singers SINGERS
 
-OUT becomes a dataset for train.py, of 16-bit WAV: in train/ voices and bands by themselves, in
-valid/ whole songs of what train/ does not hold. What is there already is kept; all that is random
+OUT becomes a dataset for train.py, of 16-bit WAV: in train/ voices and bands by themselves, and
+four whole songs; in valid/ whole songs of what train/ does not hold. What is there already is kept; all that is random
 in a song follows from its name. What is missing is said, with the way to get it, and left out.
 
     DATA      one or more folders that hold everything_is_free/, vocadito/, pjs/, digabi_muzak/,
@@ -320,9 +320,13 @@ def all_jobs(folders, root, singers):
     jobs = {f"train/{name}": job for name, job in {**voices, **bands["train"]}.items()
             if not name.startswith(HELD_OUT)}
 
+    # Whole songs, as they were mixed, are learned from three times as often.
     for path in files_in("everything_is_free", folders, "*/*/vocals.ogg"):
-        if path.parent.name.startswith(HELD_OUT):
-            jobs[f"valid/{path.parent.name}"] = whole_song, path.parent
+        song = path.parent
+        if song.name.startswith(HELD_OUT):
+            jobs[f"valid/{song.name}"] = whole_song, song
+        else:
+            jobs |= {f"train/{song.name} whole {k}": (whole_song, song) for k in range(3)}
 
     # Each held-out band gets a held-out voice; PJS, of whom there are more songs, in three parts.
     held_out = {name: job for name, job in voices.items()
