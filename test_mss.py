@@ -7344,7 +7344,9 @@ def test_networks_that_have_names_are_measured(benchmark, benchmark_args):
 def test_names_of_one_family_are_measured_once(benchmark):
     names = {name.removesuffix("-accompaniment") for name in mss.PUBLISHED}
 
-    assert set(benchmark.NAMED) == names
+    assert set(benchmark.NAMED) == names | {"bundled"}
+    config, _, _ = mss.load_checkpoint(HERE / "weights" / "vocals.pt")
+    assert benchmark.NAMED["bundled"] == config
 
 def test_the_loader_is_measured(benchmark, benchmark_args, capsys, ticking):
     benchmark.loader(benchmark_args)
@@ -7503,6 +7505,7 @@ def test_a_gpu_has_tables_of_its_own(benchmark, songs, monkeypatch, capsys, devi
         monkeypatch.setattr(benchmark, name, (section,))
     monkeypatch.setattr(mss, "pick_device", lambda name: torch.device(device))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
     benchmark.main(["--musdb", str(songs)])
 

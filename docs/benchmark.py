@@ -185,6 +185,7 @@ NAMED = {               # what weights that have names are made from
     "paper-small": mss.Config("MobileNet-subband", window=512, hop=110),
     "umxhq": mss.Config(width=512, **OPEN_UNMIX),
     "umxl": mss.Config(width=1024, **OPEN_UNMIX),
+    "bundled": mss.Config("UNet-TDF-bands", width=16, hop=512),
 }
 
 def random_network(name, device):
