@@ -320,13 +320,12 @@ def all_jobs(folders, root, singers):
     jobs = {f"train/{name}": job for name, job in {**voices, **bands["train"]}.items()
             if not name.startswith(HELD_OUT)}
 
-    # Whole songs, as they were mixed, are learned from three times as often.
     for path in files_in("everything_is_free", folders, "*/*/vocals.ogg"):
         song = path.parent
         if song.name.startswith(HELD_OUT):
             jobs[f"valid/{song.name}"] = whole_song, song
         else:
-            jobs |= {f"train/{song.name} whole {k}": (whole_song, song) for k in range(3)}
+            jobs[f"train/{song.name} whole"] = whole_song, song
 
     # Each held-out band gets a held-out voice; PJS, of whom there are more songs, in three parts.
     held_out = {name: job for name, job in voices.items()
