@@ -298,7 +298,7 @@ class TimedTraining:
             batches = itertools.repeat(noise_batch(size, options, config, device))
         self.batches = train.Timed(batches)
 
-        # On an H200 the search for the best convolutions in float32 took minutes.
+        # On an H200 this row, tuned in float32, did not end within two minutes.
         use(what["precision"], tuned=what["precision"] != "float32" or device.type == "cpu")
         fresh_memory(device)
 
