@@ -457,7 +457,8 @@ class OpenUnmix(nn.Module):
             OpenUnmixTarget(channels, bins, width) for _ in range(sources))
 
     def forward(self, X):
-        masks = [network(X.abs()) for network in self.networks]
+        magnitude = X.abs()
+        masks = [network(magnitude) for network in self.networks]
         Y = torch.stack(masks, dim=1) * X[:, None]                    # (B, S, C, T, F)
 
         # Where the sources make up the mixture a Wiener filter follows, but not in training.

@@ -234,7 +234,7 @@ def train(args, run, model, average, optimizer, segments, held_out):
     start = saved = clock()
     first_step = run.step
     steps = Steps(run, log, batches)
-    averaged, learned = floats(average), floats(model)
+    averaged, current = floats(average), floats(model)
     while True:
         stop = why_to_stop(run, args, steps.signals, steps.late)
 
@@ -272,7 +272,7 @@ def train(args, run, model, average, optimizer, segments, held_out):
 
         # Average the weights, count, log.
         if args.ema:
-            update_average(averaged, learned, run.step, args.ema, are_finite(loss, norm))
+            update_average(averaged, current, run.step, args.ema, are_finite(loss, norm))
         steps.add(rate, loss, norm, flags)
         steps.read(AHEAD.get(loss.device.type, 0))
 
@@ -857,24 +857,23 @@ def remixed(batches, args, first_step, device="cpu"):
     2019, Faster neural network training with data echoing). Each process mixes its own examples.
     """
     part = first_step * args.accumulate
-    for mixture, targets in batches:
+    for batch in batches:
         # Moved here already, so that mixing is the device's work.
-        mixture = mixture.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        sources = [*targets.unbind(1), mixture - targets.sum(1)]      # (B, C, L) each
-
+        mixture, targets = (x.to(device, non_blocking=True) for x in batch)
         end = part - part % args.echo + args.echo
         for k in range(part, end):
             if k % args.echo:
-                mixture, targets = mixed_anew(sources, (args.seed, k, RANK))
-            yield mixture, targets
+                yield mixed_anew(mixture, targets, (args.seed, k, RANK))
+            else:
+                yield mixture, targets
         part = end
 
-def mixed_anew(sources, seed):
-    """Targets and what is left, (B, C, L) each, in random orders -> (mixture, targets)."""
+def mixed_anew(mixture, targets, seed):
+    """(B, C, L), (B, S, C, L) -> the same of other mixtures: each source is in a random order."""
     rng = np.random.default_rng(seed)
+    rest = mixture - targets.sum(1)                                   # what is no target
     mixed = []
-    for source in sources:
+    for source in (*targets.unbind(1), rest):                         # (B, C, L)
         order = torch.from_numpy(rng.permutation(len(source)))
         mixed.append(source[order.to(source.device, non_blocking=True)])
     return sum(mixed), torch.stack(mixed[:-1], dim=1)
