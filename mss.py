@@ -272,14 +272,14 @@ class Separator(Model):
     initial weights, of the backbone, too.
     """
 
-    def __init__(self, config, backbone, rule):
+    def __init__(self, config, backbone, rule, head=nn.Conv2d):
         super().__init__(config, stride=config.hop)
         maps = len(config.targets) * config.channels                  # the paper's J: of all heads
         self.norm = batch_norm(config.window // 2 + 1)
         self.backbone = backbone
         self.heads = nn.ModuleDict()
         for name in HEADS[rule]:
-            self.heads[name] = nn.Conv2d(config.width, maps, 1)
+            self.heads[name] = head(config.width, maps, 1)
         self.rule = rule
 
         for name, parameter in self.named_parameters():
@@ -449,10 +449,9 @@ def mobile_unet(config):
 # far as was measured (docs/results.md).
 
 class Bands(nn.Module):
-    """A backbone on four bands of its input, side by side as channels.
+    """A backbone on four bands of its input, which lie side by side as channels.
 
-    (B, C, T, F) -> (B, width, T, F); the backbone maps (B, 4 C, T, F / 4) to (B, width, T, F / 4).
-    F is that without the highest bin.
+    (B, C, T, F) -> (B, width, T, F / 4), where F is without the highest bin; BandsHead goes with it.
     """
 
     def __init__(self, config, backbone):
@@ -464,12 +463,20 @@ class Bands(nn.Module):
             config, channels=BANDS * config.channels,
             window=config.window // BANDS, hop=config.hop // BANDS))
         self.frame_multiple = self.backbone.frame_multiple
-        self.join = nn.Conv2d(config.width, BANDS * config.width, 1)
 
     def forward(self, x):
         x = x.unflatten(-1, (BANDS, -1)).movedim(-2, 1).flatten(1, 2)  # (B, 4 C, T, F / 4)
-        y = self.join(self.backbone(x))                               # (B, 4 width, T, F / 4)
-        return y.unflatten(1, (BANDS, -1)).movedim(1, -2).flatten(-2)  # (B, width, T, F)
+        return self.backbone(x)                                       # (B, width, T, F / 4)
+
+class BandsHead(nn.Conv2d):
+    """A convolution that makes the four bands again: (B, width, T, F / 4) -> (B, maps, T, F)."""
+
+    def __init__(self, width, maps, kernel_size):
+        super().__init__(width, BANDS * maps, kernel_size)
+
+    def forward(self, x):
+        y = super().forward(x)                                        # (B, 4 maps, T, F / 4)
+        return y.unflatten(1, (BANDS, -1)).movedim(1, -2).flatten(-2)
 
 def unet_with_tdf(config):
     """The paper's UNet with a TDF after each block, through which a bin sees all others."""
@@ -492,8 +499,10 @@ MODELS |= {
                             c, baselines.OpenUnmix, "reflect", hops(2700, 300, c.hop)),
     "ResUNetDecouple+-subband": lambda c: Subbands(c, resunet),
     "MobileNet-subband":        lambda c: Subbands(c, mobile_unet),
-    "ResUNetDecouple+-bands":   lambda c: Separator(c, Bands(c, resunet), decouple_plus),
-    "UNet-TDF-bands":           lambda c: Separator(c, Bands(c, unet_with_tdf), magnitude_mask),
+    "ResUNetDecouple+-bands":   lambda c: Separator(
+                                    c, Bands(c, resunet), decouple_plus, BandsHead),
+    "UNet-TDF-bands":           lambda c: Separator(
+                                    c, Bands(c, unet_with_tdf), magnitude_mask, BandsHead),
 }
 
 # ==== II. Using a model ==========================================================================

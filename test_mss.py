@@ -560,6 +560,22 @@ def test_a_sine_is_in_its_band(band):
     assert power[band] == pytest.approx(0.5, rel=0.01)
     assert power.sum() - power[band] < 1e-4
 
+def test_bands_of_a_spectrogram_become_channels_and_are_put_back():
+    config = mss.Config("UNet-TDF-bands", width=8, window=512, hop=128)
+    head = mss.BandsHead(8, 2, 1)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(8)[..., None, None])
+        head.bias.zero_()
+    bands = mss.Bands(config, mss.unet)
+    bands.backbone = nn.Identity()
+    x = noise(1, 2, 3, 256)                                           # (B, C, T, F - 1)
+
+    y = bands(x)
+
+    assert y.shape == (1, 8, 3, 64)
+    assert torch.equal(y[:, 2:4], x[..., 64:128])                     # the second band's channels
+    assert torch.equal(head(y), x)
+
 def test_the_wiener_filter_is_the_textbooks():
     X = spectrogram(0, 1, 2, 5, 3) * 40                               # loud: scaled, too
     Y = spectrogram(2, 1, 3, 2, 5, 3) * 10
