@@ -451,7 +451,8 @@ def mobile_unet(config):
 class Bands(nn.Module):
     """A backbone on four bands of its input, which lie side by side as channels.
 
-    (B, C, T, F) -> (B, width, T, F / 4), where F is without the highest bin; BandsHead goes with it.
+    (B, C, T, F) -> (B, width, T, F / 4), where F is without the highest bin. BandsHead puts the
+    bands together again.
     """
 
     def __init__(self, config, backbone):
@@ -469,7 +470,7 @@ class Bands(nn.Module):
         return self.backbone(x)                                       # (B, width, T, F / 4)
 
 class BandsHead(nn.Conv2d):
-    """A convolution that makes the four bands again: (B, width, T, F / 4) -> (B, maps, T, F)."""
+    """A head for each of four bands: (B, width, T, F / 4) -> (B, maps, T, F)."""
 
     def __init__(self, width, maps, kernel_size):
         super().__init__(width, BANDS * maps, kernel_size)

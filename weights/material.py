@@ -3,8 +3,9 @@
     python weights/material.py OUT --data DATA --packages ROOT --singers SINGERS
 
 OUT becomes a dataset for train.py, of 16-bit WAV: in train/ voices and bands by themselves, and
-four whole songs; in valid/ whole songs of what train/ does not hold. What is there already is kept; all that is random
-in a song follows from its name. What is missing is said, with the way to get it, and left out.
+four whole songs; in valid/ whole songs of what train/ does not hold. What is there already is kept;
+all that is random in a song follows from its name. What is missing is said, with the way to get it,
+and left out.
 
     DATA      one or more folders that hold everything_is_free/, vocadito/, pjs/, digabi_muzak/,
               librosa_clips/ and mdn_multitrack/, or some of them
@@ -58,6 +59,12 @@ def level(x):
 
 def at_level(x, decibels=-20.0):
     return x * 10 ** ((decibels - level(x)) / 20)
+
+def without_rumble(x):
+    """x without what is below 60 Hz, where there is no voice, but wind and steps."""
+    X = np.fft.rfft(x)
+    frequencies = np.fft.rfftfreq(x.shape[1], 1 / RATE)
+    return np.fft.irfft(X * np.clip((frequencies - 50) / 20, 0, 1), x.shape[1])
 
 def compressed(x, ratio):
     """x with the differences in level between moments of 50 ms divided by `ratio`."""
@@ -241,6 +248,9 @@ def make(folder, job):
     if folder.exists():
         return
     stems = run(np.random.default_rng(zlib.crc32(folder.name.encode())), job)
+    if "vocals" in stems and job[0] is not whole_song:
+        stems["vocals"] = without_rumble(stems["vocals"])
+
     gain = min(1, 0.99 / max(np.abs(x).max() for x in (*stems.values(), sum(stems.values()))))
     with mss.new_folder(folder) as work:
         for name, x in stems.items():
@@ -310,8 +320,10 @@ def bands_in(folders, root):
     for path in files_in("everything_is_free", folders, "*/*/other.ogg"):
         song = path.parent
         if not song.name.startswith(HELD_OUT):
+            # Twice: with the whole songs they are then a quarter of all music.
             parts = [song / f"{name}.ogg" for name in mss.SOURCES[1:]]
             jobs["train"][f"{song.name} band"] = band, *parts
+            jobs["train"][f"{song.name} band again"] = band, *parts
     return jobs
 
 def all_jobs(folders, root, singers):
