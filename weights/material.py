@@ -61,7 +61,7 @@ def at_level(x, decibels=-20.0):
     return x * 10 ** ((decibels - level(x)) / 20)
 
 def without_rumble(x):
-    """x without what is below 60 Hz, where there is no voice, but wind and steps."""
+    """x without what is below 50 Hz, from where it fades in up to 70: seldom a voice, but steps."""
     X = np.fft.rfft(x)
     frequencies = np.fft.rfftfreq(x.shape[1], 1 / RATE)
     return np.fft.irfft(X * np.clip((frequencies - 50) / 20, 0, 1), x.shape[1])
@@ -248,6 +248,8 @@ def make(folder, job):
     if folder.exists():
         return
     stems = run(np.random.default_rng(zlib.crc32(folder.name.encode())), job)
+
+    # Songs stay as they were released.
     if "vocals" in stems and job[0] is not whole_song:
         stems["vocals"] = without_rumble(stems["vocals"])
 
@@ -320,7 +322,7 @@ def bands_in(folders, root):
     for path in files_in("everything_is_free", folders, "*/*/other.ogg"):
         song = path.parent
         if not song.name.startswith(HELD_OUT):
-            # Twice: with the whole songs they are then a quarter of all music.
+            # Twice: with the whole songs they are then a quarter of the music's minutes.
             parts = [song / f"{name}.ogg" for name in mss.SOURCES[1:]]
             jobs["train"][f"{song.name} band"] = band, *parts
             jobs["train"][f"{song.name} band again"] = band, *parts
@@ -360,7 +362,9 @@ def main():
     args = parser.parse_args()
 
     jobs = all_jobs(args.data, args.packages, args.singers)
-    jobs = dict(sorted(jobs.items(), key=lambda item: item[1][0] is changed_voice))  # slow ones last
+
+    # The slow ones last.
+    jobs = dict(sorted(jobs.items(), key=lambda item: item[1][0] is changed_voice))
     folders = [args.out / name for name in jobs]
     with concurrent.futures.ProcessPoolExecutor(
             args.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
