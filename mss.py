@@ -266,7 +266,8 @@ class Separator(Model):
     """The paper's system (figure 3): a backbone on |X|, heads of 1x1, and the rule for them.
 
     The backbone makes (B, width, T, F - 1) of (B, C, T, F - 1), where T is padded to a multiple of
-    its frame_multiple. It alone leaves float32 under autocast.
+    its frame_multiple. It alone leaves float32 under autocast. A `head` other than a convolution is
+    for backbones whose output has another shape (Bands).
 
     From the published code, not the paper: the batch norm per bin; the highest bin is left out; the
     initial weights, of the backbone, too.
