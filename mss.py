@@ -1515,8 +1515,8 @@ def open_track(folder, name=None):
     files = find_stems(folder)
     if set(files) <= {"mixture"}:
         names = ", ".join(sorted(path.name for path in folder.iterdir())) or "an empty folder"
-        raise UserError(f"{folder}: {', '.join(SOURCES)} expected (.wav, .flac, .ogg or .mp3), "
-                        f"found {names}")
+        raise UserError(f"{folder}: {', '.join(SOURCES)} or accompaniment expected (.wav, .flac, "
+                        f".ogg or .mp3), found {names}")
     lengths, channels, rates = [], [], {}
     for path in files.values():
         with open_audio(path) as file:
@@ -1665,7 +1665,7 @@ def musdb_tracks(root, subset, cache=None):
     return tracks
 
 def is_whole(track):
-    """Whether a song can be separated and scored: what it lacks is neither voice nor band."""
+    """Whether a song has vocals and accompaniment, so that it can be scored."""
     return bool(track.parts("vocals") and track.parts("accompaniment"))
 
 def notice_odd_songs(place, tracks):

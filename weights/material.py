@@ -2,19 +2,25 @@
 
     python weights/material.py OUT --data DATA --packages ROOT --singers SINGERS
 
-OUT becomes a dataset for train.py, of 16-bit WAV: in train/ voices and bands by themselves, and
-four whole songs; in valid/ whole songs of what train/ does not hold. What is there already is kept;
-all that is random in a song follows from its name. What is missing is said, with the way to get it,
-and left out.
+OUT becomes a dataset for train.py: in train/ voices and bands by themselves, and four whole songs;
+in valid/ whole songs of what train/ does not hold. What is there already is kept; all that is
+random in a song follows from its name. What is missing is said, with the way to get it, and left
+out. Begin in an empty folder where anything has changed since.
 
-    DATA      one or more folders that hold everything_is_free/, vocadito/, pjs/, digabi_muzak/,
-              librosa_clips/ and mdn_multitrack/, or some of them
+    DATA      one or more folders that hold those of FOLDERS, below, or some of them
     ROOT      where the packages named in tracks.tsv are unpacked: by default /, where they are
               when installed; or `apt-get download NAME` and `dpkg-deb -x NAME*.deb ROOT`
     SINGERS   more voices, NAME/vocals.wav each, such as singers.py makes
 
-Only this script, which nothing else needs, takes more than the project's packages: pyworld (pip; it
-wants setuptools below 81) and, for synthetic speech, the programs espeak-ng and flite.
+The songs are 16-bit WAV; with --ogg they are Vorbis, a tenth as large, to be sent to a machine with
+a GPU. --processes says how many are made at once, by default one for each core.
+
+This script, which nothing else needs, takes two things besides the project's packages. Without them
+it leaves out what they are for:
+
+    pyworld                 pip install "setuptools<81" pyworld: voices changed into other singers',
+                            and synthetic ones
+    espeak-ng and flite     apt-get install espeak-ng flite: synthetic voices
 """
 import argparse
 import concurrent.futures
@@ -25,18 +31,41 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyworld
+import soundfile
 import torch
+
+try:
+    import pyworld
+except ImportError:
+    pyworld = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mss
 
 RATE = 44100                                    # Hz
 
-def play(*command):
+# The folders of DATA, and where their files are from.
+FOLDERS = {
+    "everything_is_free": "five songs by Software-Entwicklungskit, CC0: {train,valid}/SONG/"
+                          "{vocals,drums,bass,other}.ogg",
+    "pjs": "the songs of PJS corpus 1.1, as pjs001.ogg to pjs100.ogg: "
+           "https://sites.google.com/site/shinnosuketakamichi/research-topics/pjs_corpus",
+    "vocadito": "vocadito_1.wav, _10 and _14 of https://zenodo.org/records/5578807",
+    "digabi_muzak": "tiles/muzak of https://github.com/digabi/map-tiles",
+    "librosa_clips": "recordings of https://librosa.org/data",
+    "mdn_multitrack": "multi-track of https://github.com/mdn/webaudio-examples",
+}
+VOICES = {              # those of them that hold voices
+    "everything_is_free": "*/*/vocals.ogg",
+    "pjs": "*.ogg",
+    "vocadito": "*.wav",
+}
+
+def run_program(*command):
     """Run a program; UserError where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
@@ -61,7 +90,7 @@ def at_level(x, decibels=-20.0):
     return x * 10 ** ((decibels - level(x)) / 20)
 
 def without_rumble(x):
-    """x without what is below 50 Hz, from where it fades in up to 70: seldom a voice, but steps."""
+    """x with nothing below 50 Hz and all above 70: there are footsteps, but hardly a voice."""
     X = np.fft.rfft(x)
     frequencies = np.fft.rfftfreq(x.shape[1], 1 / RATE)
     return np.fft.irfft(X * np.clip((frequencies - 50) / 20, 0, 1), x.shape[1])
@@ -136,7 +165,7 @@ def spoken(engine, voice, rng):
             "flite": ("flite", "-voice", voice, "-t", text, "-o", path),
             "espeak-ng": ("espeak-ng", "-v", voice, "-s", "150", "-w", path, text),
         }
-        play(*commands[engine])
+        run_program(*commands[engine])
         return load(path)[0, :30 * RATE]
 
 SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 3, 5, 7, 10))
@@ -184,12 +213,15 @@ def sung(x, rng, speech=False, semitones=(-7, 7), tract=(0.85, 1.2)):
         envelope[:, top:] = envelope[:, top - 60:top].mean(axis=1, keepdims=True) * fall
         noise[:, top:] = 1
 
-    bins = np.arange(1025) / rng.uniform(*tract)
-    envelope, noise = (
-        np.apply_along_axis(lambda row: np.interp(bins, np.arange(1025), row), 1, thing)
-        for thing in (envelope, noise))
+    bins = np.arange(1025)
+    shifted = bins / rng.uniform(*tract)
 
-    # For each frame of the song that of the source.
+    def with_other_formants(spectra):
+        return np.apply_along_axis(lambda row: np.interp(shifted, bins, row), 1, spectra)
+
+    envelope, noise = with_other_formants(envelope), with_other_formants(noise)
+
+    # Which of x's frames is heard in each of the result's.
     slow = rng.uniform(1.2, 2.6) if speech else 1.0
     pace = np.cumsum(np.where(f0 > 0, slow, 1.0)) * rng.uniform(0.85, 1.2)
     frames = np.searchsorted(pace, np.arange(int(pace[-1])))
@@ -199,29 +231,41 @@ def sung(x, rng, speech=False, semitones=(-7, 7), tract=(0.85, 1.2)):
     return pyworld.synthesize(f0, np.ascontiguousarray(envelope[frames]),
                               np.ascontiguousarray(noise[frames]), RATE)
 
-# ---- Songs: a job is (function, *arguments), and makes {stem: (C, L)} ---------------------------
+# ---- Songs: a job is a partial() of one of these, which makes {stem: (C, L)} from an rng --------
 
-HELD_OUT = (            # the voices of valid/, and what is made of them
-    "3.Sodium", "pjs09", "vocadito_14", "singer bf_emma", "singer am_michael",
-    "espeak-ng it+f5", "flite rms")
 LONGEST = 90 * RATE     # of a voice that is changed
 
-def dry_voice(rng, *paths):
+# Whatever is made of these voices is in valid/ or nowhere.
+HELD_OUT = ("3.Sodium", "pjs09", "vocadito_14", "singer bf_emma", "singer am_michael",
+            "espeak-ng it+f5", "flite rms")
+
+MIXED = {               # songs of valid/: the band, and the voice, or several, one after the other
+    "supertuxkart-data subsea": ("pjs090", "pjs093", "pjs096", "pjs099"),
+    "supertuxkart-data West": ("pjs091", "pjs094", "pjs097"),
+    "singularity-music Coherence": ("pjs092", "pjs095", "pjs098"),
+    "hyperrogue-music hr3-desert": ("vocadito_14",),
+    "redeclipse-data track 05": ("flite rms",),
+    "ardentryst castle": ("espeak-ng it+f5",),
+    "fretsonfire-songs-sectoid Metal madness": ("singer am_michael-high",),
+    "digabi_muzak Electronic Happy Song": ("singer bf_emma-high",),
+}
+
+def dry_voice(rng, paths):
     """The voices in files, one after the other, without pauses, all about as loud: mono."""
     parts = [load(path).mean(axis=0, keepdims=True) for path in paths]
     x = sounding(at_level(np.concatenate(parts, axis=1)))
     return {"vocals": at_level(compressed(x, 1.5))}
 
-def changed_voice(rng, semitones, tract, *paths):
+def changed_voice(rng, path, semitones=(-7, 7), tract=(0.85, 1.2)):
     """As another singer's."""
-    x = dry_voice(rng, *paths)["vocals"][0, :LONGEST]
+    x = dry_voice(rng, [path])["vocals"][0, :LONGEST]
     return {"vocals": at_level(sung(x, rng, semitones=semitones, tract=tract)[None])}
 
 def synthetic_voice(rng, engine, speaker):
     x = sung(spoken(engine, speaker, rng), rng, speech=True)
     return {"vocals": at_level(sounding(at_level(x[None])))}
 
-def band(rng, *paths):
+def band(rng, paths):
     return {"accompaniment": at_level(load(*paths))}
 
 def whole_song(rng, song):
@@ -229,9 +273,13 @@ def whole_song(rng, song):
     parts = [song / f"{name}.ogg" for name in mss.SOURCES[1:]]
     return {"vocals": load(song / "vocals.ogg"), "accompaniment": load(*parts)}
 
-def mixed_song(rng, voice, band):
-    """Those of two jobs, at most 40 s: the voice with pauses, in stereo, in a room."""
-    (x,), (y,) = (run(rng, job).values() for job in (voice, band))
+def mixed_song(rng, sing, play):
+    """Of a job for the voice and one for the band, at most 40 s.
+
+    The voice gets pauses, and is in stereo, in a room.
+    """
+    x = sing(rng)["vocals"]
+    y = play(rng)["accompaniment"]
     length = min(40 * RATE, y.shape[1])
     first = int(rng.integers(y.shape[1] - length + 1))
     x = phrases(np.repeat(x, 2, axis=0), length, rng, gap=3)
@@ -239,28 +287,29 @@ def mixed_song(rng, voice, band):
     return {"vocals": at_level(x, rng.uniform(-23, -18)),
             "accompaniment": y[:, first:first + length]}
 
-def run(rng, job):
-    function, *arguments = job
-    return function(rng, *arguments)
-
-def make(folder, job):
-    """Write what a job makes, as 16-bit WAV; softer where a file or their sum would clip."""
+def make(folder, job, form):
+    """Write what a job makes; softer where a file or their sum would clip."""
     if folder.exists():
         return
-    stems = run(np.random.default_rng(zlib.crc32(folder.name.encode())), job)
+    stems = job(np.random.default_rng(zlib.crc32(folder.name.encode())))
 
     # Songs stay as they were released.
-    if "vocals" in stems and job[0] is not whole_song:
+    if "vocals" in stems and job.func is not whole_song:
         stems["vocals"] = without_rumble(stems["vocals"])
 
     gain = min(1, 0.99 / max(np.abs(x).max() for x in (*stems.values(), sum(stems.values()))))
     with mss.new_folder(folder) as work:
         for name, x in stems.items():
-            with mss.write_blocks(work / f"{name}.wav", RATE, len(x), subtype="PCM_16") as write:
-                write(torch.from_numpy(gain * x).float())
+            options = {"subtype": "PCM_16"} if form == "wav" else {}
+            with soundfile.SoundFile(work / f"{name}.{form}", "w", RATE, len(x), **options) as file:
+                for start in range(0, x.shape[1], RATE):              # OGG: long blocks crash it
+                    file.write(gain * x[:, start:start + RATE].T)
     print(folder, flush=True)
 
 # ---- What there is ------------------------------------------------------------------------------
+
+def left_out(what, how):
+    print(f"{what}: left out; {how}", file=sys.stderr)
 
 def place_of(name, folders):
     """The folder of this name in the first of `folders` that has it, or None."""
@@ -268,36 +317,49 @@ def place_of(name, folders):
 
 def files_in(name, folders, pattern):
     place = place_of(name, folders)
-    if place is None:
-        print(f"{name}: not found in {', '.join(map(str, folders))}; left out", file=sys.stderr)
-        return []
-    return sorted(place.glob(pattern))
+    return sorted(place.glob(pattern)) if place else []
+
+def recorded(name, folders):
+    """The files of one of VOICES' folders."""
+    return files_in(name, folders, VOICES[name])
 
 def voices_in(folders, singers):
-    """{name: job} of all voices, those of valid/, too."""
+    """{name: job} of all voices, those of valid/, too. What is missing is printed."""
+    for name in VOICES:
+        if not recorded(name, folders):
+            left_out(name, FOLDERS[name])
+    if singers is None:
+        left_out("more voices", "singers.py makes them, --singers says where they are")
+
     jobs = {}
-    for i, path in enumerate(files_in("pjs", folders, "*.ogg")):
-        jobs[path.stem] = dry_voice, path
+    for i, path in enumerate(recorded("pjs", folders)):
+        jobs[path.stem] = partial(dry_voice, paths=[path])
         if i % 2:
-            jobs[f"{path.stem} high"] = changed_voice, (4, 12), (1.05, 1.25), path
-    for path in files_in("vocadito", folders, "*.wav"):
-        jobs[path.stem] = dry_voice, path
+            jobs[f"{path.stem} high"] = partial(
+                changed_voice, path=path, semitones=(4, 12), tract=(1.05, 1.25))
+    for path in recorded("vocadito", folders):
+        jobs[path.stem] = partial(dry_voice, paths=[path])
         for k in range(4):
-            jobs[f"{path.stem} changed {k}"] = changed_voice, (-7, 7), (0.85, 1.2), path
-    for path in files_in("everything_is_free", folders, "*/*/vocals.ogg"):
+            jobs[f"{path.stem} changed {k}"] = partial(changed_voice, path=path)
+    for path in recorded("everything_is_free", folders):
         song = path.parent.name
-        jobs[f"{song} voice"] = dry_voice, path
+        jobs[f"{song} voice"] = partial(dry_voice, paths=[path])
         for k in range(3):
-            jobs[f"{song} changed {k}"] = changed_voice, (-7, 7), (0.85, 1.2), path
+            jobs[f"{song} changed {k}"] = partial(changed_voice, path=path)
 
     for engine, speakers in SPEAKERS.items():
         if shutil.which(engine) is None:
-            print(f"{engine}: not found; its voices are left out", file=sys.stderr)
+            left_out(f"{engine}'s voices", f"apt-get install {engine}")
             continue
         for speaker in speakers:
-            jobs[f"{engine} {speaker}"] = synthetic_voice, engine, speaker
+            jobs[f"{engine} {speaker}"] = partial(synthetic_voice, engine=engine, speaker=speaker)
     for path in sorted(singers.glob("*/vocals.wav")) if singers else ():
-        jobs[f"singer {path.parent.name}"] = dry_voice, path
+        jobs[f"singer {path.parent.name}"] = partial(dry_voice, paths=[path])
+
+    if pyworld is None:
+        left_out("voices made by WORLD", 'pip install "setuptools<81" pyworld')
+        by_world = (changed_voice, synthetic_voice)
+        jobs = {name: job for name, job in jobs.items() if job.func not in by_world}
     return jobs
 
 def bands_in(folders, root):
@@ -310,45 +372,49 @@ def bands_in(folders, root):
     with open(Path(__file__).with_name("tracks.tsv"), newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     for row in rows:
-        paths = sorted((place_of(row["from"], folders) or root).glob(row["file"]))
+        name, file = row["from"], row["file"]
+        paths = files_in(name, folders, file) if name in FOLDERS else sorted(root.glob(file))
         if paths:
-            jobs[row["subset"]][f"{row['from']} {row['title']}"] = band, *paths
+            jobs[row["subset"]][f"{name} {row['title']}"] = partial(band, paths=paths)
         else:
-            missing.setdefault(row["from"], []).append(row["title"])
-    for package, titles in missing.items():
-        print(f"{package}: {len(titles)} tracks left out, such as {titles[0]}. If it is a package: "
-              f"apt-get download {package} && dpkg-deb -x {package}_*.deb {root}", file=sys.stderr)
+            missing.setdefault(name, []).append(row["title"])
+    for name, titles in missing.items():
+        get = f"apt-get download {name} && dpkg-deb -x {name}_*.deb {root}"
+        if root == Path("/"):
+            get = f"apt-get install {name}"
+        left_out(f"{len(titles)} tracks of {name}, such as {titles[0]}", FOLDERS.get(name, get))
 
     for path in files_in("everything_is_free", folders, "*/*/other.ogg"):
         song = path.parent
         if not song.name.startswith(HELD_OUT):
             # Twice: with the whole songs they are then a quarter of the music's minutes.
             parts = [song / f"{name}.ogg" for name in mss.SOURCES[1:]]
-            jobs["train"][f"{song.name} band"] = band, *parts
-            jobs["train"][f"{song.name} band again"] = band, *parts
+            jobs["train"][f"{song.name} band"] = partial(band, paths=parts)
+            jobs["train"][f"{song.name} band again"] = partial(band, paths=parts)
     return jobs
 
 def all_jobs(folders, root, singers):
-    """{folder below OUT: job}"""
+    """{folder below OUT: job}. What is missing is printed."""
     voices, bands = voices_in(folders, singers), bands_in(folders, root)
     jobs = {f"train/{name}": job for name, job in {**voices, **bands["train"]}.items()
             if not name.startswith(HELD_OUT)}
 
-    for path in files_in("everything_is_free", folders, "*/*/vocals.ogg"):
+    for path in recorded("everything_is_free", folders):
         song = path.parent
         if song.name.startswith(HELD_OUT):
-            jobs[f"valid/{song.name}"] = whole_song, song
+            jobs[f"valid/{song.name}"] = partial(whole_song, song=song)
         else:
-            jobs[f"train/{song.name} whole"] = whole_song, song
+            jobs[f"train/{song.name} whole"] = partial(whole_song, song=song)
 
-    # Each held-out band gets a held-out voice; PJS, of whom there are more songs, in three parts.
-    held_out = {name: job for name, job in voices.items()
-                if name.startswith(HELD_OUT[1:]) and job[0] is not changed_voice}
-    pjs = [job[1] for name, job in held_out.items() if name.startswith("pjs")]
-    singing = [(dry_voice, *pjs[k::3]) for k in range(3) if pjs[k::3]]
-    singing += [job for name, job in held_out.items() if not name.startswith("pjs")]
-    for (name, job), voice in zip(bands["valid"].items(), itertools.cycle(singing)):
-        jobs[f"valid/mixed {name}"] = mixed_song, voice, job
+    for name, singing in MIXED.items():
+        if name not in bands["valid"] or not set(singing) <= set(voices):
+            left_out(f"valid/mixed {name}", f"it needs this piece and {', '.join(singing)}")
+            continue
+        sing = voices[singing[0]]
+        if len(singing) > 1:                                          # recordings, all of them
+            paths = [path for voice in singing for path in voices[voice].keywords["paths"]]
+            sing = partial(dry_voice, paths=paths)
+        jobs[f"valid/mixed {name}"] = partial(mixed_song, sing=sing, play=bands["valid"][name])
     return jobs
 
 def main():
@@ -358,17 +424,18 @@ def main():
     parser.add_argument("--data", metavar="FOLDER", type=Path, nargs="+", required=True)
     parser.add_argument("--packages", metavar="ROOT", type=Path, default=Path("/"))
     parser.add_argument("--singers", metavar="FOLDER", type=Path)
+    parser.add_argument("--ogg", dest="form", action="store_const", const="ogg", default="wav")
     parser.add_argument("--processes", metavar="N", type=int)
     args = parser.parse_args()
 
     jobs = all_jobs(args.data, args.packages, args.singers)
 
     # The slow ones last.
-    jobs = dict(sorted(jobs.items(), key=lambda item: item[1][0] is changed_voice))
+    jobs = dict(sorted(jobs.items(), key=lambda item: item[1].func is changed_voice))
     folders = [args.out / name for name in jobs]
     with concurrent.futures.ProcessPoolExecutor(
             args.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(make, folders, jobs.values()))
+        list(pool.map(make, folders, jobs.values(), itertools.repeat(args.form)))
     print(f"{len(jobs)} songs in {args.out}")
     return 0
 

@@ -2,15 +2,21 @@
 
     python weights/score.py FILE ... --songs OUT [--musdb-samples FOLDER]
 
-For each song: SDR of the vocals (museval: median over 1 s frames), uSDR (of the whole song), and
-how far below the accompaniment the vocals are that the network finds in the accompaniment alone.
-All in dB; then their means over the songs. FOLDER holds excerpts of MUSDB18, which nothing learns
-from.
+For each song, in dB, and then their means over the songs:
+
+    SDR         of the vocals, museval's: the median over frames of 1 s
+    uSDR        of the vocals, over the whole song at once
+    band SDR    of the accompaniment, museval's
+    leakage     the level of what is taken for vocals in the accompaniment alone, relative to that
+                accompaniment: the lower, the better
+
+FOLDER holds excerpts of MUSDB18, which nothing learns from. --device is cpu, cuda or auto.
 """
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,29 +32,31 @@ def songs_in(songs, samples):
     return tracks
 
 def scores_of(separate, track):
-    """separate: (C, L) -> vocals (C, L). -> (SDR, uSDR, level of what isn't there), in dB."""
+    """separate: (C, L) -> vocals (C, L). -> [SDR, uSDR, band SDR, leakage]"""
     mixture = track.load("mixture")
     vocals = separate(mixture)
     estimates = {"vocals": vocals, "accompaniment": mixture - vocals}
     scores, _, _ = evaluate.compare(track, mixture, estimates)
     rows = evaluate.summary(track.name, scores)
-    row, = evaluate.select(rows, "estimate", "vocals")
+    voice, = evaluate.select(rows, "estimate", "vocals")
+    rest, = evaluate.select(rows, "estimate", "accompaniment")
 
     band = track.load("accompaniment")
     found = separate(band)
     power = found.double().square().sum().clamp(min=1e-12)
-    level = 10 * torch.log10(power / band.double().square().sum()).item()
-    return row["SDR"], row["uSDR"], level
+    leakage = 10 * torch.log10(power / band.double().square().sum()).item()
+    return [voice["SDR"], voice["uSDR"], rest["SDR"], leakage]
 
-def table(name, separate, tracks):
-    print(f"\n{name:44}     SDR    uSDR   false")
+def line(name, scores):
+    return f"{name[:44]:44}" + "".join(f"{score:10.2f}" for score in scores)
+
+def print_table(name, separate, tracks):
+    print(f"\n{name[-44:]:44}       SDR      uSDR  band SDR   leakage")
     rows = []
     for track in tracks:
         rows.append(scores_of(separate, track))
-        print(f"{track.name[:44]:44}" + "".join(f"{score:8.2f}" for score in rows[-1]), flush=True)
-    means = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
-    print(f"{'mean':44}" + "".join(f"{score:8.2f}" for score in means), flush=True)
-    return means
+        print(line(track.name, rows[-1]), flush=True)
+    print(line("mean", np.mean(rows, axis=0)), flush=True)
 
 def main():
     parser = argparse.ArgumentParser(
@@ -63,7 +71,7 @@ def main():
     for file in args.files:
         config, model, _ = mss.load_checkpoint(file, mss.pick_device(args.device))
         k = config.targets.index("vocals")
-        table(file, lambda mixture: mss.separate_track(model, mixture)[k], tracks)
+        print_table(file, lambda mixture: mss.separate_track(model, mixture)[k], tracks)
     return 0
 
 if __name__ == "__main__":
