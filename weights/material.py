@@ -382,7 +382,7 @@ def bands_in(folders, root):
         get = f"apt-get download {name} && dpkg-deb -x {name}_*.deb {root}"
         if root == Path("/"):
             get = f"apt-get install {name}"
-        left_out(f"{len(titles)} tracks of {name}, such as {titles[0]}", FOLDERS.get(name, get))
+        left_out(f"{name}: {', '.join(titles)}", FOLDERS.get(name, get))
 
     for path in files_in("everything_is_free", folders, "*/*/other.ogg"):
         song = path.parent
