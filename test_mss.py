@@ -1977,23 +1977,62 @@ def test_the_bundled_weights_can_be_asked_for(song):
     assert code == 0
     assert not err
 
-def test_the_cards_recipe_trains_the_bundled_network(card, songs, tmp_path, monkeypatch):
-    """Its commands, which fine-tune each other's weights."""
+def test_the_cards_recipe_makes_the_bundled_weights(card, songs, tmp_path, monkeypatch):
+    """Its commands, which go on from each other's weights."""
     readme = (HERE / "weights" / "README.md").read_text(encoding="utf-8").replace("\\\n    ", "")
     for name, flags in re.findall(r'^([A-Z]+)="(.*)"$', readme, re.MULTILINE):
         readme = readme.replace(f"${name} ", f"{flags} ")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    shutil.copy(HERE / "weights" / "card.json", "weights/card.json")
+    scripts = {"train.py": train, "weights/average.py": script_of(HERE / "weights" / "average.py")}
     less = "--steps", 1, "--batch-size", 2, "--segment", 0.2, "--workers", 0, "--augment"
 
     for command in card["recipe"]:
         assert command in readme
-        assert command.startswith("python train.py ")
-        code, _, err = call(train.main, *command.split()[2:], "--musdb", songs, *less)
+        python, script, *words = command.split()
+        assert python == "python"
+        words += ("--musdb", songs, *less) if script == "train.py" else ()
+        code, _, err = call(scripts[script].main, *words)
         assert code == 0, err
 
-    folder = re.search(r"--out (\S+)", card["recipe"][-1])[1]
-    ours, _, _ = mss.load_checkpoint(Path(folder, "last.pt"))
-    assert ours == mss.load_checkpoint(HERE / "weights" / "vocals.pt")[0]
+    config, _, state = mss.load_checkpoint("weights/vocals.pt")
+    expected, _, _ = mss.load_checkpoint(HERE / "weights" / "vocals.pt")
+    assert config == expected
+    assert {name: state[name] for name in card} == card
+
+def test_weights_are_averaged_by_shares(tmp_path):
+    average = script_of(HERE / "weights" / "average.py")
+    config, model = small(targets=("vocals",))
+    files = [tmp_path / f"{k}.pt" for k in range(3)]
+    means = []
+    for k, file in enumerate(files):
+        for x in model.state_dict().values():
+            x.fill_(k + 1)
+        mss.save_checkpoint(file, config, model)
+    for shares in ((), ("--shares", 1, 2, 5)):
+        code, _, err = call(average.main, tmp_path / "mean.pt", *files, *shares)
+        assert code == 0, err
+        _, mean, _ = mss.load_checkpoint(tmp_path / "mean.pt")
+        means.append({round(x.mean().item(), 4) for x in mean.parameters()})
+
+    assert means == [{2.0}, {2.5}]
+
+@pytest.mark.parametrize("words, expected", (
+    (("other.pt",), "other.pt: the network of vocals.pt expected, found another"),
+    (("vocals.pt", "--shares", 1), "2 positive numbers expected"),
+    (("vocals.pt", "--shares", 1, -1), "2 positive numbers expected")))
+def test_weights_that_cannot_be_averaged_are_refused(words, expected, tmp_path, monkeypatch):
+    average = script_of(HERE / "weights" / "average.py")
+    monkeypatch.chdir(tmp_path)
+    for name, width in (("vocals", 1), ("other", 2)):
+        mss.save_checkpoint(f"{name}.pt", *small(targets=("vocals",), width=width))
+
+    code, _, err = call(average.main, "mean.pt", "vocals.pt", *words)
+
+    assert code == 2
+    assert expected in err
+    assert not Path("mean.pt").exists()
 
 def test_the_bundled_weights_are_share_alike_as_their_music_is(card):
     with open(HERE / "weights" / "tracks.tsv", encoding="utf-8", newline="") as file:
