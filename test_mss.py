@@ -1978,7 +1978,7 @@ def test_the_bundled_weights_can_be_asked_for(song):
     assert not err
 
 def test_the_cards_recipe_makes_the_bundled_weights(card, songs, tmp_path, monkeypatch):
-    """Its commands, which go on from each other's weights."""
+    """Its commands, each of which takes what those before it wrote."""
     readme = (HERE / "weights" / "README.md").read_text(encoding="utf-8").replace("\\\n    ", "")
     for name, flags in re.findall(r'^([A-Z]+)="(.*)"$', readme, re.MULTILINE):
         readme = readme.replace(f"${name} ", f"{flags} ")
@@ -2000,6 +2000,7 @@ def test_the_cards_recipe_makes_the_bundled_weights(card, songs, tmp_path, monke
     expected, _, _ = mss.load_checkpoint(HERE / "weights" / "vocals.pt")
     assert config == expected
     assert {name: state[name] for name in card} == card
+    assert Path("weights/vocals.pt").stat().st_size <= 10_000_000     # in float16
 
 def test_weights_are_averaged_by_shares(tmp_path):
     average = script_of(HERE / "weights" / "average.py")
@@ -2011,7 +2012,7 @@ def test_weights_are_averaged_by_shares(tmp_path):
             x.fill_(k + 1)
         mss.save_checkpoint(file, config, model)
     for shares in ((), ("--shares", 1, 2, 5)):
-        code, _, err = call(average.main, tmp_path / "mean.pt", *files, *shares)
+        code, _, err = call(average.main, *files, "--out", tmp_path / "mean.pt", *shares)
         assert code == 0, err
         _, mean, _ = mss.load_checkpoint(tmp_path / "mean.pt")
         means.append({round(x.mean().item(), 4) for x in mean.parameters()})
@@ -2021,14 +2022,15 @@ def test_weights_are_averaged_by_shares(tmp_path):
 @pytest.mark.parametrize("words, expected", (
     (("other.pt",), "other.pt: the network of vocals.pt expected, found another"),
     (("vocals.pt", "--shares", 1), "2 positive numbers expected"),
-    (("vocals.pt", "--shares", 1, -1), "2 positive numbers expected")))
+    (("vocals.pt", "--shares", 1, 0), "2 positive numbers expected"),
+    (("vocals.pt", "--shares", 1, "nan"), "2 positive numbers expected")))
 def test_weights_that_cannot_be_averaged_are_refused(words, expected, tmp_path, monkeypatch):
     average = script_of(HERE / "weights" / "average.py")
     monkeypatch.chdir(tmp_path)
     for name, width in (("vocals", 1), ("other", 2)):
         mss.save_checkpoint(f"{name}.pt", *small(targets=("vocals",), width=width))
 
-    code, _, err = call(average.main, "mean.pt", "vocals.pt", *words)
+    code, _, err = call(average.main, "vocals.pt", *words, "--out", "mean.pt")
 
     assert code == 2
     assert expected in err
