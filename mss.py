@@ -198,13 +198,14 @@ class UNet(nn.Module):
     ICBs, between encoders and decoders. That makes 32 and 142 convolutions, not counting those of
     1x1 in shortcuts. F - 1 must be a multiple of 64, T of frame_multiple.
 
-    From the published code, not the paper: the widths; transposed convolutions as large as their
+    `growth` has the encoders' numbers of features, as multiples of the width. From the published
+    code, not the paper: what they are by default; transposed convolutions as large as their
     strides; no biases; in the ResUNet the last pooling of frequency only.
     """
 
-    def __init__(self, channels, width, residual):
+    def __init__(self, channels, width, residual, growth=(1, 2, 4, 8, 12, 12)):
         super().__init__()
-        widths = [width * m for m in (1, 2, 4, 8, 12, 12)]            # 32, 64, 128, 256, 384, 384
+        widths = [round(width * factor) for factor in growth]         # 32, 64, 128, 256, 384, 384
         strides = [(2, 2)] * 6                                        # of each pooling: (T, F)
         if residual:
             strides[5] = (1, 2)
@@ -220,7 +221,7 @@ class UNet(nn.Module):
         for i in reversed(range(6)):                                  # from the deepest encoder up
             deeper = widths[min(i + 1, 5)]
             self.decoders.append(Decoder(deeper, widths[i], strides[i], residual))
-        self.after = block(width, width)
+        self.after = block(widths[0], widths[0])
 
         self.strides = strides
         self.frame_multiple = math.prod(stride[0] for stride in strides)  # 64, or 32 when residual
@@ -230,7 +231,7 @@ class UNet(nn.Module):
         for encoder, stride in zip(self.encoders, self.strides):
             skips.append(encoder(x))                                  # (B, D_i, T / 2^i, .. / 2^i)
             x = F.avg_pool2d(skips[-1], stride)                       # both halved; see strides
-        x = self.bottleneck(x)                                        # (B, 12 width, .., .. / 64)
+        x = self.bottleneck(x)                                        # (B, D_5, T / 64, .. / 64)
         for decoder in self.decoders:
             x = decoder(x, skips)
         return self.after(x)                                          # (B, width, T, F - 1)
@@ -265,16 +266,17 @@ HEADS = {                                       # the names of each rule's argum
 class Separator(Model):
     """The paper's system (figure 3): a backbone on |X|, heads of 1x1, and the rule for them.
 
-    The backbone makes (B, width, T, F - 1) of (B, C, T, F - 1), where T is padded to a multiple of
-    its frame_multiple. It alone leaves float32 under autocast. A `head` other than a convolution is
-    for backbones whose output has another shape (Bands).
+    The backbone makes (B, width, T, F - 1) of what `inputs` makes of X, by default |X|, where T is
+    padded to a multiple of its frame_multiple. It alone leaves float32 under autocast. A `head`
+    other than a convolution is for backbones whose output has another shape (Bands).
 
     From the published code, not the paper: the batch norm per bin; the highest bin is left out; the
     initial weights, of the backbone, too.
     """
 
-    def __init__(self, config, backbone, rule, head=nn.Conv2d):
+    def __init__(self, config, backbone, rule, head=nn.Conv2d, inputs=magnitude_of):
         super().__init__(config, stride=config.hop)
+        self.inputs = inputs
         maps = len(config.targets) * config.channels                  # the paper's J: of all heads
         self.norm = batch_norm(config.window // 2 + 1)
         self.backbone = backbone
@@ -293,8 +295,8 @@ class Separator(Model):
         c = self.config
         X = stft(mixture, c.window, c.hop)                            # (B, C, T, F)
 
-        # The magnitude, normalised per bin, without the highest one.
-        x = self.norm(magnitude_of(X).permute(0, 3, 1, 2))            # (B, F, C, T)
+        # The inputs, by default C magnitudes, normalised per bin, without the highest one.
+        x = self.norm(self.inputs(X).permute(0, 3, 1, 2))             # (B, F, C, T)
         x = x.permute(0, 2, 3, 1)[..., :-1]                           # (B, C, T, F - 1)
 
         # The backbone, on as many frames as its pooling divides.
@@ -480,9 +482,24 @@ class BandsHead(nn.Conv2d):
         y = super().forward(x)                                        # (B, 4 maps, T, F / 4)
         return y.unflatten(1, (BANDS, -1)).movedim(1, -2).flatten(-2)
 
+def with_middle_and_sides(X):
+    """(B, C, T, F) -> (B, 2 C, T, F): of stereo the magnitudes of left, right, middle and side.
+
+    A voice is mostly in the middle, that is the same in all channels. In general: the magnitudes of
+    the channels, of their mean, and of each channel but the first minus that mean.
+    """
+    middle = X.mean(dim=1, keepdim=True)
+    sides = X[:, 1:] - middle
+    return magnitude_of(torch.cat([X, middle, sides], dim=1))
+
 def unet_with_tdf(config):
-    """The paper's UNet with a TDF after each block, through which a bin sees all others."""
-    network = unet(config)
+    """The paper's UNet with a TDF after each block, through which a bin sees all others.
+
+    More of its features than the paper's are in the outer encoders and decoders, fewer in the inner
+    ones, where most of the weights are. Its input is with_middle_and_sides.
+    """
+    growth = (1, 1.5, 3, 5, 7, 8)                                     # of 32: 32, 48, 96, .., 256
+    network = UNet(2 * config.channels, config.width, residual=False, growth=growth)
     bins = config.window // 2
     for i, encoder in enumerate(network.encoders):
         features = encoder[0].out_channels
@@ -504,7 +521,8 @@ MODELS |= {
     "ResUNetDecouple+-bands":   lambda c: Separator(
                                     c, Bands(c, resunet), decouple_plus, BandsHead),
     "UNet-TDF-bands":           lambda c: Separator(
-                                    c, Bands(c, unet_with_tdf), magnitude_mask, BandsHead),
+                                    c, Bands(c, unet_with_tdf), complex_mask, BandsHead,
+                                    with_middle_and_sides),
 }
 
 # ==== II. Using a model ==========================================================================
@@ -875,13 +893,44 @@ def remove_partials(folder):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-def save_checkpoint(path, config, model, **state):
+def in_8_bits(model):
+    """A model's {name: tensor}, in about a fourth of the bytes: for weights to be given away.
+
+    Filters and matrices become whole numbers from -127 to 127, to be multiplied by NAME.unit, which
+    has one number for each first index. The rest, a few numbers, stays.
+    """
+    parameters = dict(model.named_parameters())
+    weights = {}
+    for name, value in model.state_dict().items():
+        if name not in parameters or value.dim() < 2:
+            weights[name] = value
+            continue
+        value = value.float()
+        largest = value.abs().amax(dim=tuple(range(1, value.dim())), keepdim=True)
+        unit = largest.clamp(min=1e-30) / 127
+        weights[name] = (value / unit).round().to(torch.int8)
+        weights[f"{name}.unit"] = unit
+    return weights
+
+def units_in(weights):
+    """Take NAME.unit out of the weights for each that is in_8_bits -> {NAME: unit}, or UserError."""
+    units = {}
+    for name in [name for name, value in weights.items() if value.dtype == torch.int8]:
+        unit = weights.pop(f"{name}.unit", None)
+        first, *others = weights[name].shape
+        if unit is None or unit.dtype != torch.float32 or unit.shape != (first, *[1] * len(others)):
+            raise UserError(f"{reprlib.repr(name)}: a unit for each first index expected")
+        units[name] = unit
+    return units
+
+def save_checkpoint(path, config, model, small=False, **state):
     """Write config, weights, and what else a run needs (plain dicts, numbers, tensors) to a file.
 
-    All or nothing: where it can't be written, as on a full disk, the file that was there stays,
-    and a UserError says why.
+    `small`: the weights in_8_bits. All or nothing: where it can't be written, as on a full disk,
+    the file that was there stays, and a UserError says why.
     """
-    content = {"config": dataclasses.asdict(config), "model": model.state_dict(), **state}
+    weights = in_8_bits(model) if small else model.state_dict()
+    content = {"config": dataclasses.asdict(config), "model": weights, **state}
 
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -957,7 +1006,9 @@ def check_weights(weights, path):
     """
     for name, value in weights.items():
         plain = value.layout == torch.strided and value.device.type == "cpu"
-        if not plain or not (value.is_floating_point() or value.dim() == 0):      # 0: a counter
+        counter = value.dim() == 0
+        rounded = value.dtype == torch.int8                           # in_8_bits
+        if not plain or not (value.is_floating_point() or counter or rounded):
             raise UserError(f"{reprlib.repr(name)}: {value.dtype}, {value.layout}, {value.device}")
     if sum(value.nbytes for value in weights.values()) > os.path.getsize(path):
         raise UserError("its tensors are larger than the file")
@@ -1023,6 +1074,7 @@ def load_checkpoint(path, device="cpu"):
             content = torch.load(path, map_location="cpu", weights_only=True)
         weights = weights_in(content)
         check_weights(weights, path)
+        units = units_in(weights)
         published = "config" not in content
         if published:
             step = content.get("step")
@@ -1036,6 +1088,9 @@ def load_checkpoint(path, device="cpu"):
         with torch.device("meta"):                                    # takes no memory
             model = MODELS[config.model](config)
         check_names(weights, model)
+        with torch.no_grad():
+            for name, unit in units.items():
+                weights[name] = weights[name] * unit
         model.load_state_dict(weights, assign=True)
         content.pop("model", None)
 

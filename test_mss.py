@@ -576,6 +576,30 @@ def test_bands_of_a_spectrogram_become_channels_and_are_put_back():
     assert torch.equal(y[:, 2:4], x[..., 64:128])                     # the second band's channels
     assert torch.equal(head(y), x)
 
+def test_of_stereo_the_middle_and_the_side_are_seen_too():
+    left, right = spectrogram(0, 5, 3), spectrogram(1, 5, 3)
+
+    inputs = mss.with_middle_and_sides(torch.stack([left, right])[None])[0]
+
+    expected = torch.stack([left, right, (left + right) / 2, (left - right) / 2])
+    torch.testing.assert_close(inputs, expected.abs().clamp(min=1e-5))
+
+@pytest.mark.parametrize("channels, width", [(1, 3), (3, 2)])
+def test_what_sees_the_middle_takes_any_number_of_channels(channels, width):
+    _, model = small("UNet-TDF-bands", targets=PAIR, channels=channels, width=width)
+
+    estimates = model(noise(2, channels, 3000))
+
+    assert estimates.shape == (2, 2, channels, 3000)
+    assert torch.isfinite(estimates).all()
+
+def test_mono_is_its_own_middle():
+    X = spectrogram(0, 1, 1, 5, 3)
+
+    inputs = mss.with_middle_and_sides(X)
+
+    torch.testing.assert_close(inputs, mss.magnitude_of(X).repeat(1, 2, 1, 1))
+
 def test_the_wiener_filter_is_the_textbooks():
     X = spectrogram(0, 1, 2, 5, 3) * 40                               # loud: scaled, too
     Y = spectrogram(2, 1, 3, 2, 5, 3) * 10
@@ -682,6 +706,72 @@ def test_weights_of_half_precision_are_read_as_float32(tmp_path):
 
     assert {parameter.dtype for parameter in read.parameters()} == {torch.float32}
 
+@pytest.mark.parametrize("name", ["UNet-TDF-bands", "DPRNN", "MobileNet-subband"])
+def test_weights_in_8_bits_come_back_but_for_rounding(name, tmp_path):
+    config, model = as_if_trained(name)
+    parameters = dict(model.named_parameters())
+    mss.save_checkpoint(tmp_path / "small.pt", config, model, small=True, step=3)
+
+    config_read, read, state = mss.load_checkpoint(tmp_path / "small.pt")
+
+    assert (config_read, state) == (config, {"step": 3})
+    assert list(read.state_dict()) == list(model.state_dict())
+    for key, expected in model.state_dict().items():
+        value = read.state_dict()[key]
+        assert value.dtype == expected.dtype
+        if key not in parameters or expected.dim() < 2:               # a bank's filters, too
+            assert torch.equal(value, expected)
+        else:
+            largest = expected.abs().flatten(1).amax(dim=1)
+            error = (value - expected).abs().flatten(1).amax(dim=1)
+            assert (error <= largest / 253).all()                     # half of a 127th
+
+def test_filters_of_zeros_and_of_next_to_nothing_are_stored_in_8_bits(tmp_path):
+    config, model = small("UNet", targets=("vocals",))
+    model.heads["mask"].weight.data[0] = 0
+    model.heads["mask"].weight.data[1] = torch.tensor([1e-6, -1e-7])[:, None, None]
+    mss.save_checkpoint(tmp_path / "small.pt", config, model.half(), small=True)
+
+    _, read, _ = mss.load_checkpoint(tmp_path / "small.pt")
+
+    expected = model.heads["mask"].weight.float()
+    torch.testing.assert_close(read.heads["mask"].weight, expected, rtol=0, atol=1e-8)
+
+def test_small_weights_fill_a_third_of_the_file_at_most(tmp_path):
+    config, model = small("UNet-TDF-bands", width=16)
+    mss.save_checkpoint(tmp_path / "model.pt", config, model)
+    mss.save_checkpoint(tmp_path / "small.pt", config, model, small=True)
+
+    sizes = [(tmp_path / name).stat().st_size for name in ("model.pt", "small.pt")]
+
+    assert sizes[1] < sizes[0] / 3
+
+UNIT = "heads.mask.weight.unit"
+
+@pytest.mark.parametrize("change, expected", [
+    (lambda weights: weights.pop(UNIT), "a unit for each first index"),
+    (lambda weights: weights.update({UNIT: weights[UNIT][:1]}), "a unit for each first index"),
+    (lambda weights: weights.update({UNIT: weights[UNIT].expand(-1, 2, 1, 1)}),
+     "a unit for each first index"),
+    (lambda weights: weights.update({UNIT: weights[UNIT].double()}), "a unit for each first index"),
+    (lambda weights: weights.update({UNIT: weights[UNIT].to(torch.int8)}),
+     "a unit for each first index"),
+    (lambda weights: weights.update({UNIT: weights[UNIT].expand(-1, 2, 10 ** 4, 10 ** 4)}),
+     "larger than the file"),
+    (lambda weights: weights.update({"norm.weight.unit": weights[UNIT]}), "unexpected: norm"),
+    (lambda weights: weights.update({"heads.mask.weight": weights["heads.mask.weight"].byte()}),
+     "torch.uint8"),
+    (lambda weights: weights.update({"heads.mask.weight": weights["heads.mask.weight"].float()}),
+     "unexpected: heads.mask.weight.unit"),
+], ids=["none", "one", "two", "double", "whole", "huge", "stray", "bytes", "of floats"])
+def test_weights_in_8_bits_with_strange_units_are_refused(change, expected, tmp_path):
+    path = tmp_path / "small.pt"
+    mss.save_checkpoint(path, *small(), small=True)
+    change_checkpoint(path, lambda content: change(content["model"]))
+
+    with pytest.raises(mss.UserError, match=expected):
+        mss.load_checkpoint(path)
+
 # The norm of the bins stays; in ResUNets also those before the first convolution of each RCB, of
 # which 17 blocks have four, and before the six transposed convolutions.
 RESUNETS_NORMS = 1 + 17 * 4 + 6
@@ -721,7 +811,8 @@ def test_folding_changes_nothing_but_rounding(name):
         plain = model(mixture)
         folded = mss.fold_batch_norms(model)(mixture)
 
-    assert plain.abs().max() > 0.005
+    # A complex mask of few, random features is small.
+    assert plain.abs().max() > (1e-4 if name == "UNet-TDF-bands" else 0.005)
     assert mss.sdr(plain, folded) > 80
 
 def test_heads_are_of_one_target_after_the_other():
@@ -2000,7 +2091,7 @@ def test_the_cards_recipe_makes_the_bundled_weights(card, songs, tmp_path, monke
     expected, _, _ = mss.load_checkpoint(HERE / "weights" / "vocals.pt")
     assert config == expected
     assert {name: state[name] for name in card} == card
-    assert Path("weights/vocals.pt").stat().st_size <= 10_000_000     # in float16
+    assert Path("weights/vocals.pt").stat().st_size <= 10_000_000     # in 8 bits
 
 def test_weights_are_averaged_by_shares(tmp_path):
     average = script_of(HERE / "weights" / "average.py")
@@ -7321,8 +7412,8 @@ def test_two_compiled_steps_are_as_others(device, songs, tmp_path, monkeypatch):
 # ---- docs/benchmark.py --------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
-def benchmark():
-    """The script, as a module."""
+def bench():
+    """The script, as a module. pytest-benchmark has a fixture of the script's name."""
     place = HERE / "docs" / "benchmark.py"
     spec = importlib.util.spec_from_file_location("benchmark", place)
     module = importlib.util.module_from_spec(spec)
@@ -7340,15 +7431,15 @@ def benchmark_args(songs, checkpoint):
     cudnn.benchmark, cudnn.allow_tf32, cublas.allow_tf32 = before
 
 @pytest.fixture
-def ticking(benchmark, monkeypatch):
+def ticking(bench, monkeypatch):
     """However fast the machine is, each look at the clock takes 1/8 s; convolutions, 1 TFLOP/s."""
     clock = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 8)
-    monkeypatch.setattr(benchmark, "convolution_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(bench, "convolution_rate", lambda device, dtype: 1e12)
 
 @pytest.mark.filterwarnings("ignore:TF32")
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
-def test_lstms_are_counted(benchmark, backward):
+def test_lstms_are_counted(bench, backward):
     """Against what torch counts where it computes LSTMs by matrix products."""
     block = baselines.RecurrentBlock(features=12, hidden=10)
     x = noise(3, 50, 12).requires_grad_(backward)
@@ -7360,9 +7451,9 @@ def test_lstms_are_counted(benchmark, backward):
                 y.sum().backward()
 
     with torch.backends.mkldnn.flags(enabled=True):
-        ours = benchmark.count_flops(work)
+        ours = bench.count_flops(work)
     with torch.backends.mkldnn.flags(enabled=False):
-        with benchmark.FlopCounterMode(display=False) as counter:
+        with bench.FlopCounterMode(display=False) as counter:
             work()
 
     # Going backward, products that nobody needs are left out there.
@@ -7370,14 +7461,14 @@ def test_lstms_are_counted(benchmark, backward):
     assert theirs > 0
     assert ours == pytest.approx(theirs, rel=0.01)
 
-def test_a_convolution_has_a_rate(benchmark):
-    assert benchmark.convolution_rate(torch.device("cpu"), torch.float32) > 0
+def test_a_convolution_has_a_rate(bench):
+    assert bench.convolution_rate(torch.device("cpu"), torch.float32) > 0
 
-def test_a_row_of_separation_adds_up(benchmark, benchmark_args, ticking, monkeypatch):
+def test_a_row_of_separation_adds_up(bench, benchmark_args, ticking, monkeypatch):
     benchmark_args.song = 2.0                                         # one block
-    monkeypatch.setattr(benchmark, "count_flops", lambda work: 50e9)
+    monkeypatch.setattr(bench, "count_flops", lambda work: 50e9)
 
-    row = benchmark.measure_separation(benchmark_args, "float32")
+    row = bench.measure_separation(benchmark_args, "float32")
 
     # The clock is looked at four times: around the block, and around what comes after the last.
     assert row[:-1] == ("float32", "0.2", "0.125", "200", "1000: 20%")
@@ -7390,10 +7481,10 @@ def test_the_most_memory_is_counted_in_gib():
     assert 0.05 < peak < 1000
 
 @pytest.mark.parametrize("real", (False, True), ids=("noise", "songs"))
-def test_a_row_of_training_is_measured(benchmark, benchmark_args, real, ticking):
-    what = {**benchmark.BF16, "real": real}
+def test_a_row_of_training_is_measured(bench, benchmark_args, real, ticking):
+    what = {**bench.BF16, "real": real}
 
-    name, steps, _, _, wait, _, hours = benchmark.measure_training(benchmark_args, "bf16", what)
+    name, steps, _, _, wait, _, hours = bench.measure_training(benchmark_args, "bf16", what)
 
     assert float(steps) > 0
     assert wait.endswith("%") == real
@@ -7401,51 +7492,51 @@ def test_a_row_of_training_is_measured(benchmark, benchmark_args, real, ticking)
     expected = 300_000 * 16 / per_hour
     assert float(hours.split()[0].replace(",", "")) == pytest.approx(expected, rel=0.05)
 
-def test_evaluation_is_timed(benchmark, ticking):
-    seconds, _ = benchmark.measure_evaluation("here: SDR, ISR, SIR, SAR", 1)
+def test_evaluation_is_timed(bench, ticking):
+    seconds, _ = bench.measure_evaluation("here: SDR, ISR, SIR, SAR", 1)
 
     assert seconds == 1 / 8
 
-def test_sections_print_tables(benchmark, benchmark_args, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "in_new_process", lambda function, *arguments: ("cell",) * 2)
+def test_sections_print_tables(bench, benchmark_args, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "in_new_process", lambda function, *arguments: ("cell",) * 2)
 
-    for section in (benchmark.separation, benchmark.training, benchmark.models):
+    for section in (bench.separation, bench.training, bench.models):
         section(benchmark_args)
 
     printed = capsys.readouterr().out
     assert printed.count("### ") == 3
     assert printed.count("| cell | cell |") == 2 + 4 + len(mss.MODELS)
 
-def test_networks_that_have_names_are_measured(benchmark, benchmark_args):
-    seconds, cells = benchmark.measure_named(benchmark_args, "paper-small")
+def test_networks_that_have_names_are_measured(bench, benchmark_args):
+    seconds, cells = bench.measure_named(benchmark_args, "paper-small")
 
     assert seconds > 0
     assert cells[2] == "306,418"
     assert float(cells[3]) == pytest.approx(0.94, rel=0.05)           # the authors' figure
     assert all(float(cell) > 0 for cell in cells[4:])
 
-def test_names_of_one_family_are_measured_once(benchmark):
+def test_names_of_one_family_are_measured_once(bench):
     names = {name.removesuffix("-accompaniment") for name in mss.PUBLISHED}
 
-    assert set(benchmark.NAMED) == names | {"bundled"}
+    assert set(bench.NAMED) == names | {"bundled"}
     config, _, _ = mss.load_checkpoint(HERE / "weights" / "vocals.pt")
-    assert benchmark.NAMED["bundled"] == config
+    assert bench.NAMED["bundled"] == config
 
-def test_the_loader_is_measured(benchmark, benchmark_args, capsys, ticking):
-    benchmark.loader(benchmark_args)
+def test_the_loader_is_measured(bench, benchmark_args, capsys, ticking):
+    bench.loader(benchmark_args)
 
     cells = capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]
     assert len(cells) == 3
     assert all(float(cell) > 0 for cell in cells)
 
-def test_overlaps_are_compared_with_the_whole(benchmark, benchmark_args, tmp_path, capsys):
+def test_overlaps_are_compared_with_the_whole(bench, benchmark_args, tmp_path, capsys):
     benchmark_args.musdb = train.synthetic_musdb(tmp_path, songs=(("valid", 1),), seconds=9)
 
-    benchmark.overlap(benchmark_args)
+    bench.overlap(benchmark_args)
 
-    rows = capsys.readouterr().out.splitlines()[-len(benchmark.OVERLAPS):]
+    rows = capsys.readouterr().out.splitlines()[-len(bench.OVERLAPS):]
     cells = [row.split("|")[1:-1] for row in rows]
-    assert [float(shared) for shared, *_ in cells] == list(benchmark.OVERLAPS)
+    assert [float(shared) for shared, *_ in cells] == list(bench.OVERLAPS)
     assert all(0 < float(ratio) < 200 for _, *ratios, _ in cells for ratio in ratios)
     work = [float(more.strip(" %")) for *_, more in cells]
     assert work == sorted(work)
@@ -7453,37 +7544,37 @@ def test_overlaps_are_compared_with_the_whole(benchmark, benchmark_args, tmp_pat
 # Its tables for a GPU, on the CPU.
 
 @pytest.fixture
-def known_rates(benchmark, monkeypatch):
+def known_rates(bench, monkeypatch):
     """Matrix products are twice as fast as the convolutions of `ticking`."""
-    monkeypatch.setattr(benchmark, "matmul_rate", lambda device, dtype: 2e12)
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: 2e12)
 
 def test_each_rate_is_measured_once_for_each_precision(
-        benchmark, benchmark_args, monkeypatch, capsys):
+        bench, benchmark_args, monkeypatch, capsys):
     measured = []
 
     def what(device, dtype):
         measured.append(dtype)
         return 3e12
 
-    monkeypatch.setattr(benchmark, "RATES", {"of all": (what, 1e12)})
+    monkeypatch.setattr(bench, "RATES", {"of all": (what, 1e12)})
     for _ in range(2):
-        benchmark.rates(benchmark_args)
+        bench.rates(benchmark_args)
 
     assert capsys.readouterr().out.count("| of all | 3.0 | 3.0 | 3.0 |") == 2
     assert measured == [torch.float32, torch.float32, torch.bfloat16]
 
-def test_products_and_copies_have_rates(benchmark, benchmark_args):
+def test_products_and_copies_have_rates(bench, benchmark_args):
     device = torch.device("cpu")
 
-    assert benchmark.matmul_rate(device, torch.float32) > 0
-    assert benchmark.copy_rate(device, torch.bfloat16) > 0
+    assert bench.matmul_rate(device, torch.float32) > 0
+    assert bench.copy_rate(device, torch.bfloat16) > 0
 
 @pytest.mark.parametrize("name", ("bfloat16", "bfloat16, songs", "TF32", "float32",
                                   "bfloat16, --checkpoint-blocks"))
-def test_steps_are_measured(benchmark, benchmark_args, known_rates, ticking, name):
+def test_steps_are_measured(bench, benchmark_args, known_rates, ticking, name):
     benchmark_args.train += " --batch-size 2"
 
-    cells = benchmark.measure_steps(benchmark_args, benchmark.STEPS[name])
+    cells = bench.measure_steps(benchmark_args, bench.STEPS[name])
 
     per_second, segments, tera, of_a_convolution, of_a_product, wait, _, hours = cells
     assert float(segments) == pytest.approx(2 * float(per_second), abs=0.1)
@@ -7492,15 +7583,15 @@ def test_steps_are_measured(benchmark, benchmark_args, known_rates, ticking, nam
     assert float(tera) > 0
     assert wait.endswith("%") == ("songs" in name)
 
-def test_the_flop_of_a_step_are_those_of_its_batch(benchmark, benchmark_args):
-    one = benchmark.TimedTraining(benchmark_args, benchmark.BASE).flops
+def test_the_flop_of_a_step_are_those_of_its_batch(bench, benchmark_args):
+    one = bench.TimedTraining(benchmark_args, bench.BASE).flops
     benchmark_args.train += " --batch-size 4 --accumulate 2"
-    four = benchmark.TimedTraining(benchmark_args, benchmark.BASE).flops
+    four = bench.TimedTraining(benchmark_args, bench.BASE).flops
 
     assert four == 4 * one
 
-def test_what_was_read_ahead_is_not_counted_as_speed(benchmark, benchmark_args, ticking):
-    steps = benchmark.TimedTraining(benchmark_args, benchmark.BASE)
+def test_what_was_read_ahead_is_not_counted_as_speed(bench, benchmark_args, ticking):
+    steps = bench.TimedTraining(benchmark_args, bench.BASE)
     steps.options.workers = 3
     steps.real = True
     taken = []
@@ -7515,14 +7606,14 @@ def test_what_was_read_ahead_is_not_counted_as_speed(benchmark, benchmark_args, 
     assert seconds == 1 / 8 / 4
 
 def test_windows_at_once_are_measured(
-        benchmark, benchmark_args, known_rates, ticking, monkeypatch):
+        bench, benchmark_args, known_rates, ticking, monkeypatch):
     config, model = small()
     model.blocks = 20 * model.stride, 4 * model.stride                # starts 16 apart
-    monkeypatch.setattr(benchmark, "network", lambda name, device: model)
-    monkeypatch.setattr(benchmark, "SIZES", (1, 2))
-    monkeypatch.setattr(benchmark, "count_flops", lambda work: 50e9)
+    monkeypatch.setattr(bench, "network", lambda name, device: model)
+    monkeypatch.setattr(bench, "SIZES", (1, 2))
+    monkeypatch.setattr(bench, "count_flops", lambda work: 50e9)
 
-    cells = benchmark.measure_windows(benchmark_args, "small", "bfloat16", (1, 2))
+    cells = bench.measure_windows(benchmark_args, "small", "bfloat16", (1, 2))
 
     # Two windows and the last one, 150 GFLOP in all, in 1/8 s.
     seconds = (2 * 16 + 20) * model.stride / config.sample_rate
@@ -7532,65 +7623,65 @@ def test_windows_at_once_are_measured(
     assert float(tera) == 1.2
     assert (of_a_convolution, of_a_product) == ("120%", "60%")
 
-def test_parts_of_the_devices_time(benchmark):
+def test_parts_of_the_devices_time(bench):
     x = noise(1, 8, 200, 200)
     convolution = torch.nn.Conv2d(8, 32, 5)
 
-    _, busy, convolutions, norms, stft, copies = benchmark.profiled(
+    _, busy, convolutions, norms, stft, copies = bench.profiled(
         lambda: convolution(x), torch.device("cpu"))
 
     assert float(busy) > 0
     assert 50 < float(convolutions.strip("%")) <= 100
     assert norms == stft == copies == "0.0%"
 
-def test_the_time_of_networks_and_steps_is_divided_up(benchmark, benchmark_args, capsys):
-    benchmark.profiles(benchmark_args)
+def test_the_time_of_networks_and_steps_is_divided_up(bench, benchmark_args, capsys):
+    bench.profiles(benchmark_args)
 
     rows = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[-2:]]
     for _, _, *parts in rows:
         shares = [float(part.strip(" %")) for part in parts]
         assert all(share > 0 for share in shares[:-1]) and sum(shares) < 100
 
-def test_a_row_that_fails_says_why(benchmark, benchmark_args):
+def test_a_row_that_fails_says_why(bench, benchmark_args):
     def measure(args, number):
         raise torch.OutOfMemoryError(f"CUDA out of memory.\nTried | {number} GiB")
 
-    cells = benchmark.attempt(benchmark_args, 0, measure, 7)
+    cells = bench.attempt(benchmark_args, 0, measure, 7)
 
     assert cells == ("failed: OutOfMemoryError: CUDA out of memory. Tried / 7 GiB",)
 
-def test_a_row_that_would_end_too_late_is_not_begun(benchmark, benchmark_args, capsys):
+def test_a_row_that_would_end_too_late_is_not_begun(bench, benchmark_args, capsys):
     benchmark_args.end = time.monotonic() + 10
 
-    assert benchmark.attempt(benchmark_args, 60, pytest.fail) == (
+    assert bench.attempt(benchmark_args, 60, pytest.fail) == (
         "not measured: out of --limit",)
-    assert benchmark.attempt(benchmark_args, 1, lambda args: ("fast",)) == ("fast",)
+    assert bench.attempt(benchmark_args, 1, lambda args: ("fast",)) == ("fast",)
 
-def test_tables_for_a_gpu_are_printed(benchmark, benchmark_args, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "attempt", lambda *arguments: ("cell",))
+def test_tables_for_a_gpu_are_printed(bench, benchmark_args, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "attempt", lambda *arguments: ("cell",))
     benchmark_args.model = None
 
-    for section in benchmark.ON_CUDA:
+    for section in bench.ON_CUDA:
         section(benchmark_args)
 
     printed = capsys.readouterr().out
     assert printed.count("### ") == 6
-    rows = 3 + len(benchmark.STEPS) + 4 * 3 + 5 + 3
+    rows = 3 + len(bench.STEPS) + 4 * 3 + 5 + 3
     assert len(re.findall(r"^\| \S.* \| cell ", printed, re.MULTILINE)) == rows
 
 @pytest.mark.parametrize("device, tables", (("cpu", "ON_CPU"), ("cuda:0", "ON_CUDA")))
-def test_a_gpu_has_tables_of_its_own(benchmark, songs, monkeypatch, capsys, device, tables):
+def test_a_gpu_has_tables_of_its_own(bench, songs, monkeypatch, capsys, device, tables):
     measured = []
     for name in ("ON_CPU", "ON_CUDA"):
         def section(args, name=name):
             measured.append((name, args))
 
-        monkeypatch.setattr(benchmark, name, (section,))
+        monkeypatch.setattr(bench, name, (section,))
     monkeypatch.setattr(mss, "pick_device", lambda name: torch.device(device))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
-    benchmark.main(["--musdb", str(songs)])
+    bench.main(["--musdb", str(songs)])
 
     (name, args), = measured
     assert name == tables
@@ -7622,21 +7713,21 @@ def commands(page):
             found += re.findall(r"(?:python3?|torchrun)\b[^;&]*?(\S+\.py)([^;&]*)", command)
     return found
 
-def script_help(script, benchmark):
+def script_help(script, bench):
     mains = {"train.py": train.main, "separate.py": separate.main, "evaluate.py": evaluate.main,
-             "docs/benchmark.py": benchmark.main}
+             "docs/benchmark.py": bench.main}
     if script in mains:
         return call(mains[script], "--help")[1]
     return (HERE / script).read_text(encoding="utf-8")                # some import foreign packages
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_are_of_scripts_and_flags_that_exist(page, benchmark):
+def test_commands_are_of_scripts_and_flags_that_exist(page, bench):
     found = commands(page)
 
     assert found
     for script, arguments in found:
         assert (HERE / script).is_file(), script
-        help_text = script_help(script, benchmark)
+        help_text = script_help(script, bench)
         for flag in re.findall(r"(?<=\s)(--?[a-z][\w-]*)", arguments):
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", help_text), f"{script} has no {flag}"
 
@@ -7646,9 +7737,9 @@ def test_the_readme_runs_all_scripts():
     assert scripts >= {"train.py", "separate.py", "evaluate.py"}
 
 @pytest.mark.parametrize("script", ("train.py", "separate.py", "evaluate.py"))
-def test_the_manual_explains_every_flag(script, benchmark):
+def test_the_manual_explains_every_flag(script, bench):
     manual = (HERE / "docs" / "manual.md").read_text(encoding="utf-8")
-    help_text = script_help(script, benchmark)
+    help_text = script_help(script, bench)
     flags = set(re.findall(r"^\s+(?:-\w[ ,].*)?(--[a-z][\w-]*)", help_text, re.MULTILINE))
 
     missing = {flag for flag in flags - {"--help"} if f"`{flag}" not in manual}

@@ -185,7 +185,7 @@ NAMED = {               # what weights that have names are made from
     "paper-small": mss.Config("MobileNet-subband", window=512, hop=110),
     "umxhq": mss.Config(width=512, **OPEN_UNMIX),
     "umxl": mss.Config(width=1024, **OPEN_UNMIX),
-    "bundled": mss.Config("UNet-TDF-bands", width=16, hop=512),
+    "bundled": mss.Config("UNet-TDF-bands", hop=512),
 }
 
 def random_network(name, device):
@@ -490,7 +490,7 @@ WIDTHS = {              # that give about a million parameters; others have the 
     "ResUNetDecouple": 4, "ResUNetDecouple+": 4, "Wave-U-Net": 16, "Wave-U-Net-12": 8,
     "DPRNN": 64, "PM-Unet": 4, "PM-Unet-conv": 4, "Open-Unmix": 64,
     "ResUNetDecouple+-subband": 4, "MobileNet-subband": 64, "ResUNetDecouple+-bands": 4,
-    "UNet-TDF-bands": 8}
+    "UNet-TDF-bands": 12}
 
 def measure_model(args, name):
     """A row: size, work, speed of separation and of a training step of four seconds."""

@@ -4,7 +4,7 @@
 
 OUT becomes a checkpoint of the mean: a "model soup" (Wortsman et al. 2022), as fast as one FILE.
 Each FILE counts as often as its share says, by default once. --card is for weights to be given
-away: OUT is in float16 then, and holds what CARD.json says, too.
+away: OUT is in 8 bits then (mss.in_8_bits), and holds what CARD.json says, too.
 """
 import argparse
 import json
@@ -43,7 +43,7 @@ def main(argv=None):
 
     card = json.loads(args.card.read_text(encoding="utf-8")) if args.card else {}
     config, model = averaged(args.files, shares)
-    mss.save_checkpoint(args.out, config, model.half() if args.card else model, **card)
+    mss.save_checkpoint(args.out, config, model, small=bool(args.card), **card)
     return 0
 
 if __name__ == "__main__":
