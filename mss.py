@@ -234,7 +234,7 @@ class UNet(nn.Module):
         x = self.bottleneck(x)                                        # (B, D_5, T / 64, .. / 64)
         for decoder in self.decoders:
             x = decoder(x, skips)
-        return self.after(x)                                          # (B, width, T, F - 1)
+        return self.after(x)                                          # (B, D_0, T, F - 1)
 
 # ---- Models: everything between two waveforms ---------------------------------------------------
 
@@ -295,9 +295,9 @@ class Separator(Model):
         c = self.config
         X = stft(mixture, c.window, c.hop)                            # (B, C, T, F)
 
-        # The inputs, by default C magnitudes, normalised per bin, without the highest one.
-        x = self.norm(self.inputs(X).permute(0, 3, 1, 2))             # (B, F, C, T)
-        x = x.permute(0, 2, 3, 1)[..., :-1]                           # (B, C, T, F - 1)
+        # The inputs, by default C' = C magnitudes, normalised per bin, without the highest one.
+        x = self.norm(self.inputs(X).permute(0, 3, 1, 2))             # (B, F, C', T)
+        x = x.permute(0, 2, 3, 1)[..., :-1]                           # (B, C', T, F - 1)
 
         # The backbone, on as many frames as its pooling divides.
         frames = x.shape[2]
@@ -485,8 +485,8 @@ class BandsHead(nn.Conv2d):
 def with_middle_and_sides(X):
     """(B, C, T, F) -> (B, 2 C, T, F): of stereo the magnitudes of left, right, middle and side.
 
-    A voice is mostly in the middle, that is the same in all channels. In general: the magnitudes of
-    the channels, of their mean, and of each channel but the first minus that mean.
+    A voice is mostly in the middle, the mean of the channels. In general: the magnitudes of the
+    channels, of their mean, and of each channel but the first minus that mean.
     """
     middle = X.mean(dim=1, keepdim=True)
     sides = X[:, 1:] - middle
@@ -495,10 +495,10 @@ def with_middle_and_sides(X):
 def unet_with_tdf(config):
     """The paper's UNet with a TDF after each block, through which a bin sees all others.
 
-    More of its features than the paper's are in the outer encoders and decoders, fewer in the inner
-    ones, where most of the weights are. Its input is with_middle_and_sides.
+    Its features grow less than the paper's, for most weights are in the inner encoders and decoders
+    and most work in the outer ones. Its input is with_middle_and_sides.
     """
-    growth = (1, 1.5, 3, 5, 7, 8)                                     # of 32: 32, 48, 96, .., 256
+    growth = (1, 1.5, 3, 5, 7, 8)                                     # 32, 48, 96, 160, 224, 256
     network = UNet(2 * config.channels, config.width, residual=False, growth=growth)
     bins = config.window // 2
     for i, encoder in enumerate(network.encoders):
@@ -896,8 +896,8 @@ def remove_partials(folder):
 def in_8_bits(model):
     """A model's {name: tensor}, in about a fourth of the bytes: for weights to be given away.
 
-    Filters and matrices become whole numbers from -127 to 127, to be multiplied by NAME.unit, which
-    has one number for each first index. The rest, a few numbers, stays.
+    Filters and matrices become whole numbers from -127 to 127, to be multiplied by NAME.unit, one
+    float32 for each index of the first axis. The rest, a few numbers, stays.
     """
     parameters = dict(model.named_parameters())
     weights = {}
@@ -913,12 +913,15 @@ def in_8_bits(model):
     return weights
 
 def units_in(weights):
-    """Take NAME.unit out of the weights for each that is in_8_bits -> {NAME: unit}, or UserError."""
+    """Take NAME.unit out of the weights for each that is in_8_bits -> {NAME: unit}.
+
+    UserError where one is missing or doesn't fit.
+    """
     units = {}
     for name in [name for name, value in weights.items() if value.dtype == torch.int8]:
         unit = weights.pop(f"{name}.unit", None)
-        first, *others = weights[name].shape
-        if unit is None or unit.dtype != torch.float32 or unit.shape != (first, *[1] * len(others)):
+        expected = [1 if axis else size for axis, size in enumerate(weights[name].shape)]
+        if unit is None or unit.dtype != torch.float32 or list(unit.shape) != expected:
             raise UserError(f"{reprlib.repr(name)}: a unit for each first index expected")
         units[name] = unit
     return units
