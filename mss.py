@@ -1426,8 +1426,7 @@ def choose_default():
         load_checkpoint(path)
     except (UserError, OSError, http.client.HTTPException) as error:
         reason = re.sub("<urlopen error (.*)>", r"\1", one_line(error))
-        print(f"notice: -m bundled is used: {name} can't be had ({reason})",
-              file=sys.stderr)
+        print(f"notice: -m bundled is used: {name} can't be had ({reason})", file=sys.stderr)
         return "bundled"
     print(f"notice: -m {name}, by the paper's authors: vocals {published.sdr['vocals']} dB SDR by "
           f"{published.said_by}; better: -m paper, 461 MB", file=sys.stderr)

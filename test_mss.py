@@ -804,14 +804,13 @@ def test_folding_merges_all_batch_norms_that_it_can(name, norms):
 @pytest.mark.parametrize("name", ROWS)
 def test_folding_changes_nothing_but_rounding(name):
     _, model = as_if_trained(name)
-    mixture = noise(2, 2, 3000)
+    mixture = noise(2, 2, 3000, scale=1)                              # complex masks are small here
 
     with torch.inference_mode():
         plain = model(mixture)
         folded = mss.fold_batch_norms(model)(mixture)
 
-    # A complex mask of few, random features is small.
-    assert plain.abs().max() > (1e-4 if name == "UNet-TDF-bands" else 0.005)
+    assert plain.abs().max() > 0.005
     assert mss.sdr(plain, folded) > 80
 
 def test_heads_are_of_one_target_after_the_other():

@@ -17,17 +17,18 @@ import mss
 
 def averaged(files, shares):
     """-> (config, model) with the mean of the files' weights. UserError where networks differ."""
-    config, model, _ = mss.load_checkpoint(files[0])
-    mean = {name: 0 for name in model.state_dict()}
-    for file, share in zip(files, shares):
-        other_config, other, _ = mss.load_checkpoint(file)
-        if other_config != config:
+    configs, models, _ = zip(*map(mss.load_checkpoint, files))
+    for file, config in zip(files, configs):
+        if config != configs[0]:
             raise mss.UserError(f"{file}: the network of {files[0]} expected, found another")
-        for name, x in other.state_dict().items():
-            mean[name] = mean[name] + share / sum(shares) * x.float()
 
-    model.load_state_dict(mean)                                       # in each tensor's own type
-    return config, model
+    states = [model.state_dict() for model in models]
+    mean = {}
+    for name in states[0]:
+        mean[name] = sum(share / sum(shares) * state[name].float()
+                         for share, state in zip(shares, states))
+    models[0].load_state_dict(mean)                                   # in each tensor's own type
+    return configs[0], models[0]
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
